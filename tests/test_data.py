@@ -1,0 +1,362 @@
+"""Pairs, batches, rows and files of data.py: everything that needs no tokenizer."""
+
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import Batch, Pair, collate, epoch_order, load_pairs, micro_batches, row_length, show_pair
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def pair(prompt, chosen, rejected):
+    return Pair(*(np.array(ids, np.int32) for ids in (prompt, chosen, rejected)))
+
+
+ids_of = st.lists(st.integers(0, 15), min_size=1, max_size=7)
+pairs_of = st.lists(st.builds(pair, ids_of, ids_of, ids_of), min_size=1, max_size=6)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path, vocab_size=100, max_length=64, tokenizer=None, **options):
+    return load_pairs([path], tokenizer, vocab_size, max_length, progress=False, **options)
+
+
+def as_lists(pair):
+    return [ids.tolist() for ids in pair[:3]]
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def test_one_row_per_pair():
+    batch = collate([pair([5, 6], [7, 8], [9])])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2]]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 2]]
+    assert (batch.source.tolist(), batch.label.tolist()) == ([1, 2, 1], [7, 8, 9])
+    assert batch.owner.tolist() == [0, 0, 1]
+
+
+@given(pairs_of)
+def test_batch_against_each_response_alone(pairs):
+    """For every response: what is seen at each prediction, by source, positions and segments, and the label."""
+    batch = collate(pairs)
+    size, width = batch.tokens.shape
+    assert all(tensor.dtype == torch.int64 for tensor in batch)
+    assert width == max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    assert batch.source.shape == batch.label.shape == batch.owner.shape
+    for owner in range(2 * size):
+        i, kind = owner % size, 1 + owner // size
+        prompt, response = pairs[i].prompt.tolist(), pairs[i][kind].tolist()
+        mine = batch.owner == owner
+        assert batch.label[mine].tolist() == response
+        seen = {}  # position -> token of prompt and this response, as attention will see them
+        for place in range(width):
+            if batch.segments[i, place] in (0, kind):
+                position = int(batch.positions[i, place])
+                assert position not in seen
+                seen[position] = int(batch.tokens[i, place])
+        assert [seen[position] for position in sorted(seen)] == prompt + response
+        assert sorted(seen) == list(range(len(prompt + response)))
+        for step, source in enumerate(batch.source[mine].tolist()):
+            row, place = divmod(source, width)
+            assert row == i and batch.segments[row, place] in (0, kind)
+            assert batch.positions[row, place] == len(prompt) + step - 1
+    used = torch.tensor([row_length(p) for p in pairs])
+    assert torch.equal(batch.segments >= 0, torch.arange(width) < used[:, None])  # pads at the right, and nothing else
+
+
+def test_masks_do_not_come_from_ids():
+    """An end token that is also the pad token counts: as a label in the response, as a token in the prompt."""
+    batch = collate([pair([5, 2, 6], [7, 2], [0, 0, 2]), pair([2], [2], [0])])
+    assert batch.label.tolist() == [7, 2, 0, 0, 2, 2, 0]
+    assert (batch.segments == -1).sum() == 8 * 2 - 8 - 3
+    assert batch.segments[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_to_moves_every_tensor():
+    moved = collate([pair([5, 6], [7, 8], [9])]).to("meta")
+    assert isinstance(moved, Batch) and all(tensor.device.type == "meta" for tensor in moved)
+
+
+@given(pairs_of, st.integers(1, 60))
+def test_micro_batches(pairs, budget):
+    groups = micro_batches(pairs, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(pairs)))
+    lengths = [[row_length(pairs[i]) for i in group] for group in groups]
+    assert all(len(group) == 1 or len(group) * max(group) <= budget for group in lengths)
+    assert groups == micro_batches(pairs, budget)
+    for before, after in zip(
+        lengths, lengths[1:]
+    ):  # sorted by length, and no group that the next pair would have fitted into
+        assert min(before) >= max(after) and (len(before) + 1) * max(before) > budget
+
+
+def test_micro_batches_cut_by_the_longest_row():
+    pairs = [pair([1] * n, [2], [3]) for n in (4, 9, 4, 1)]  # rows of 6, 11, 6, 3 tokens
+    assert micro_batches(pairs, 22) == [[1, 0], [2, 3]]
+    assert micro_batches(pairs, 21) == [[1], [0, 2, 3]]
+    assert micro_batches(pairs, 1) == [[1], [0], [2], [3]]
+
+
+def test_order_is_a_function_of_seed_and_epoch_alone():
+    first = epoch_order(100, 3, 1)
+    assert sorted(first) == list(range(100)) and first.dtype == np.int64
+    np.random.seed(0), random.seed(0), torch.manual_seed(0)
+    np.random.rand(3), torch.rand(3)
+    state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    assert np.array_equal(epoch_order(100, 3, 1), first)
+    assert np.array_equal(state[0], np.random.get_state()[1]) and torch.equal(state[1], torch.get_rng_state())
+    others = [epoch_order(100, 3, 2), epoch_order(100, 4, 1), epoch_order(100, 1, 3), epoch_order(100, 0, 4)]
+    assert all(not np.array_equal(first, other) for other in others)
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+ROW = {"prompt": [1, 2], "chosen": [3, 4], "rejected": [5]}
+LINE = json.dumps(ROW).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINE + b"\n" + LINE + b"\n",
+        LINE + b"\n" + LINE,  # no last newline
+        LINE + b"\r\n" + LINE + b"\r\n",
+        b"\xef\xbb\xbf" + LINE + b"\n" + LINE,  # a byte-order mark
+        b"\xef\xbb\xbf" + LINE + b"\n\xef\xbb\xbf" + LINE,  # two files with one each, put together
+        b"\n  \n" + LINE + b"\n\t\r\n\n" + LINE + b"\n\n",  # blank lines
+    ],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lambda c: gzip.compress(c[:9]) + gzip.compress(c[9:])])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines(tmp_path, content, pack, name):
+    """Told by content, not by name: browsers unpack a .gz and keep its name."""
+    (tmp_path / name).write_bytes(pack(content))
+    pairs, report = load(tmp_path / name)
+    assert [as_lists(p) for p in pairs] == [[[1, 2], [3, 4], [5]]] * 2
+    assert [p.line for p in pairs] == [n for n, line in enumerate(content.split(b"\n"), 1) if b"{" in line]
+    assert report.read == report.kept == 2 and {p.file for p in pairs} == {str(tmp_path / name)}
+
+
+def test_separators_of_other_worlds_do_not_split_lines(tmp_path):
+    row = {**ROW, "note": "a\u2028b\u0085c\x0b\x0c\x1c"}
+    (tmp_path / "a").write_text(json.dumps(row, ensure_ascii=False).replace("\x0b", "\\u000b").replace("\x0c", "\\f")
+                                .replace("\x1c", "\\u001c") + "\n", encoding="utf-8")  # fmt: skip
+    assert load(tmp_path / "a")[1].kept == 1
+
+
+@pytest.mark.parametrize(
+    "second, reason",
+    [
+        (b'{"prompt": [1], "chosen": [3], "rejected": [5', "not JSON"),
+        (LINE + LINE, "not JSON"),
+        (b"\xff\xfe" + LINE, "utf-8"),
+        (b'{"prompt": "\xe9"}', "utf-8"),
+        (LINE[:20] + b"\x00" + LINE[20:], "not JSON"),
+        (b"\x00\x00\x00", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"n": ' + b"9" * 10_000 + b"}", "not JSON"),
+        (b"[1, 2]", "not an object"),
+        (b"null", "not an object"),
+        (b'"text"', "not an object"),
+        (LINE[:-1] + b', "prompt": [7]}', "twice"),
+        (b"{}", "missing field"),
+        (b'{"prompt": [1], "chosen": [2]}', "missing field"),
+        (b'{"prompt": [1], "chosen": [2], "rejected": null}', "missing field"),
+    ],
+)
+def test_a_line_that_is_no_row(tmp_path, second, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINE + b"\n" + second + b"\n" + LINE + b"\n")
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    pairs, report = load(path, skip_bad_rows=True)
+    assert [p.line for p in pairs] == [1, 3] and sum(report.bad.values()) == 1 and report.read == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b" \r\n", gzip.compress(b""), b"\xef\xbb\xbf"])
+def test_an_empty_file(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match="a:1: .*empty"):
+        load(tmp_path / "a", skip_bad_rows=True)
+
+
+def test_a_damaged_gzip_is_an_error_with_its_line_even_when_bad_rows_are_skipped(tmp_path):
+    lines = [json.dumps({**ROW, "note": random.Random(n).random()}).encode() + b"\n" for n in range(500)]
+    packed = gzip.compress(b"".join(lines))
+    for name, content in {
+        "short": packed[: len(packed) // 2],
+        "flipped": packed[:1000] + bytes([packed[1000] ^ 255]) + packed[1001:],
+        "behind": packed + b"no member",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}:\d+: damaged gzip"):
+            load(tmp_path / name, skip_bad_rows=True)
+
+
+def test_a_huge_line_is_refused_unread(tmp_path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(LINE + b"\n" + b" " * (data.MAX_LINE + 1) + LINE, 1))
+    with pytest.raises(ValueError, match=r"a.gz:2: more than \d+ bytes"):
+        load(tmp_path / "a.gz", skip_bad_rows=True)
+
+
+def test_missing_file_and_several_files(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    one, two = write(tmp_path / "one", [ROW]), write(tmp_path / "two", [{**ROW, "rejected": [6]}, ROW])
+    pairs, report = load_pairs([one, str(two)], None, 100, 64, progress=False)
+    assert [(p.file, p.line) for p in pairs] == [(str(one), 1), (str(two), 1), (str(two), 2)] and report.read == 3
+    assert pairs[1].file is pairs[2].file  # a reference, not a copy for each row
+
+
+# ----------------------------------------------------------------------------------------------------------- ids
+
+
+def test_ids_are_taken_verbatim(tmp_path):
+    pairs, report = load(write(tmp_path / "a", [{**ROW, "score_chosen": float("nan"), "prompt_id": None}]))
+    assert as_lists(pairs[0]) == [[1, 2], [3, 4], [5]] and all(ids.dtype == np.int32 for ids in pairs[0][:3])
+    assert (report.prompt_tokens, report.response_tokens, report.special) == (2, 3, 0)
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("wrong", [16, -1, 3.0, True, False, None, "3", [3], 2**31, 2**70])
+def test_an_id_outside_the_vocabulary(tmp_path, field, wrong):
+    rows = [ROW, {**ROW, field: [1, wrong, 2]}]
+    with pytest.raises(ValueError) as caught:
+        load(write(tmp_path / "a", rows), vocab_size=16)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'a'}:2: ") and repr(wrong) in text and "0 to 15" in text and field in text
+    pairs, report = load(tmp_path / "a", vocab_size=16, skip_bad_rows=True)
+    assert len(pairs) == 1 and report.bad == {"not in the vocabulary": 1}
+
+
+def test_the_last_id_of_the_vocabulary_is_fine(tmp_path):
+    assert as_lists(load(write(tmp_path / "a", [{**ROW, "prompt": [0, 15]}]), vocab_size=16)[0][0])[0] == [0, 15]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"prompt": []}, "unknown form|empty"),
+        ({"chosen": []}, "unknown form|blank"),
+        ({"prompt": None}, "mixed forms"),
+        ({"prompt": "text"}, "mixed forms"),
+        ({"chosen": "text"}, "mixed forms"),
+        ({"chosen": [5]}, "equal answers"),
+        ({"chosen": 3}, "unknown form"),
+        ({"chosen": {"role": "assistant"}}, "unknown form"),
+        ({"chosen": [3, {"role": "assistant", "content": "x"}]}, "unknown form"),
+    ],
+)
+def test_rows_of_ids_that_cannot_be_used(tmp_path, change, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(write(tmp_path / "a", [{**ROW, **change}]))
+    assert str(caught.value).startswith(f"{tmp_path / 'a'}:1: ")
+
+
+def test_rows_of_text_need_a_tokenizer(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(ValueError, match="a:1: .*tokenizer"):
+        load(write(tmp_path / "a", rows), skip_bad_rows=True)
+
+
+# ---------------------------------------------------------------------------------------------------- truncation
+
+
+@pytest.mark.parametrize("longer, prompt, response", [(3, 5, 3), (30, 4, 4)])
+def test_truncation_in_numbers(tmp_path, longer, prompt, response):
+    row = {"prompt": list(range(10)), "chosen": list(range(20, 20 + longer)), "rejected": [11, 12]}
+    [p], report = load(write(tmp_path / "a", [row]), max_length=8, max_prompt_length=4)
+    assert p.prompt.tolist() == list(range(10))[-prompt:] and p.chosen.tolist() == row["chosen"][:response]
+    assert p.rejected.tolist() == [11, 12] and report.truncated == 1 and p.cut == (10 - prompt, longer - response, 0)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(2, 40), st.data())
+def test_truncation_rule(p, c, r, limit, draw):
+    most = draw.draw(st.integers(1, limit - 1))
+    bos = draw.draw(st.integers(0, 1))
+    ids = [list(range(p)), list(range(100, 100 + c)), list(range(200, 200 + r))]
+    prompt, chosen, rejected = data.truncate(ids, limit, most, bos)
+    longer = max(c, r)
+    if p + longer <= limit:
+        assert [prompt, chosen, rejected] == ids
+    kept = p if p + longer <= limit else min(p, max(limit - longer, most))
+    assert len(prompt) == kept and prompt[:bos] == ids[0][:bos]
+    assert prompt[bos:] == ids[0][p - kept + bos :]
+    room = limit - kept
+    assert chosen == ids[1][:room] and rejected == ids[2][:room]
+    assert prompt and chosen and rejected and len(prompt) + max(len(chosen), len(rejected)) <= limit
+
+
+def test_equal_after_truncation_is_dropped_and_counted(tmp_path):
+    rows = [{"prompt": [1] * 4, "chosen": [3] * 9 + [4], "rejected": [3] * 9 + [5]}, ROW]
+    pairs, report = load(write(tmp_path / "a", rows), max_length=8)
+    assert len(pairs) == 1 and report.dropped == {"equal after truncation": 1} and not report.bad
+    assert "1 rows dropped: equal after truncation" in str(report)
+
+
+def test_max_prompt_length_is_half_by_default(tmp_path):
+    row = {"prompt": list(range(20)), "chosen": [30] * 20, "rejected": [31] * 20}
+    [p], _ = load(write(tmp_path / "a", [row]), max_length=9)
+    assert (len(p.prompt), len(p.chosen)) == (4, 5)
+
+
+@pytest.mark.parametrize("length, prompt", [(8, 8), (8, 9), (8, 0), (8, -1), (1, None), (0, None), (-4, None)])
+def test_lengths_are_checked_before_anything_is_read(tmp_path, length, prompt):
+    with pytest.raises(ValueError, match="max_prompt_length"):
+        load(tmp_path / "nowhere", max_length=length, max_prompt_length=prompt)
+
+
+def test_longer_than_the_model_has_positions(tmp_path):
+    rows = [ROW, {"prompt": [1] * 5, "chosen": [3] * 3, "rejected": [5] * 6}]
+    write(tmp_path / "a", rows)
+    with pytest.raises(ValueError, match="a:2: .*11 tokens.*max_position_embeddings of 10"):
+        load(tmp_path / "a", max_position_embeddings=10, skip_bad_rows=True)
+    assert load(tmp_path / "a", max_position_embeddings=11)[1].kept == 2
+    assert load(tmp_path / "a", max_position_embeddings=10, max_length=10)[1].kept == 2  # after truncation it fits
+
+
+# -------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_counts(tmp_path):
+    rows = [ROW, {**ROW, "chosen": [5]}, {"prompt": [1] * 20, "chosen": [2] * 3, "rejected": [3] * 9}, {"chosen": [3]}]
+    _, report = load(write(tmp_path / "a", rows), max_length=10, skip_bad_rows=True)
+    assert (report.read, report.kept, report.truncated) == (4, 2, 1)
+    assert (report.prompt_tokens, report.response_tokens) == (2 + 5, 3 + 3 + 5)
+    assert report.bad == {"equal answers": 1, "missing field": 1}
+    text = str(report)
+    assert "4 rows read, 2 pairs kept, 1 of them truncated" in text and "1 bad rows skipped: equal answers" in text
+
+
+def test_show_pair_without_a_tokenizer(tmp_path):
+    row = {"prompt": list(range(10)), "chosen": list(range(20, 50)), "rejected": [11, 12]}
+    [p], _ = load(write(tmp_path / "a", [row]), max_length=8, max_prompt_length=4)
+    text = show_pair(p, None)
+    assert f"{tmp_path / 'a'}:1" in text and "⟦6 tokens cut⟧6 7 8 9⟦seam⟧" in text
+    text = text.replace("⟧ ", "⟧")  # the response is what follows the prompt in the whole text, space included
+    assert "⟦chosen, 4 tokens⟧20 21 22 23⟦26 tokens cut⟧" in text and "11 12⟦end⟧" in text
+
+
+def test_memory_is_that_of_the_ids(tmp_path):
+    pairs, _ = load(write(tmp_path / "a", [{**ROW, "extra": "x" * 10_000}] * 50))
+    assert sum(ids.nbytes for p in pairs for ids in p[:3]) == 50 * 5 * 4
+    assert all(ids.base is None for p in pairs for ids in p[:3])  # no view that keeps something larger alive
+    assert os.path.getsize(tmp_path / "a") > 500_000
