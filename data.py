@@ -400,7 +400,7 @@ def load_pairs(
     `max_prompt_length` half of it unless given.
 
     Raises ValueError naming file and line for the first bad row, unless `skip_bad_rows`; and always for what skipping
-    cannot mend: a damaged file, no tokenizer or template, a pair longer than the model has positions. OSError as open."""
+    cannot mend: a damaged file, no tokenizer or template, a pair longer than the model has positions."""
     max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
     if not 0 < max_prompt_length < max_length:
         raise ValueError(f"max_prompt_length {max_prompt_length} is not between 0 and max_length {max_length}")
@@ -423,8 +423,10 @@ def load_pairs(
                     limit = f"max_position_embeddings of {max_position_embeddings}: lower max_length"
                     raise ValueError(f"prompt and response are {longest} tokens, more than the model's {limit}")
             except ValueError as error:
-                if not (skip_bad_rows and isinstance(error, BadRow)):
-                    raise ValueError(f"{file}:{line}: {error}") from error
+                bad = isinstance(error, BadRow)
+                if not (bad and skip_bad_rows):
+                    hint = " (--skip-bad-rows skips and counts such rows)" if bad else ""
+                    raise ValueError(f"{file}:{line}: {error}{hint}") from error
                 report.bad[error.reason] += 1
                 continue
             if short[1] == short[2]:

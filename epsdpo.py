@@ -24,7 +24,7 @@ PORTING NOTES (for a port to another framework or language)
     logits in bf16 or fp16, or a head under autocast   the same, much earlier; casting up afterwards rescues nothing
     β per micro-batch, or a mean of means           next β of uneven splits differs from next β of the whole
     β̃ with gradient                                 the gradient differs from DPO's at β̃
-    ε_c and ε_s mixed up, ε and −ε swapped           steps or β̃ differ as soon as ε_c ≠ ε_s; every step has the other sign
+    ε_c and ε_s mixed up; ε and −ε swapped           steps or β̃ differ once ε_c ≠ ε_s; every step has the other sign
     a token mean for the sum over a response        a pair whose responses differ in length
 
   Paper's text                          authors' code                            here
@@ -36,6 +36,7 @@ PORTING NOTES (for a port to another framework or language)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -234,10 +235,10 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     With d = f − f_ref, u = d − d_y and p = softmax(f), all at one position,
 
         log π_s(y) − log π_θ(y)  =  −log E_p[exp(s·u)]  =  −log1p(E_p[expm1(s·u)])
-        KL(π_θ ‖ π_ref)          =  log E_p[exp(−c)]    =  log1p(E_p[h(−c)])           c = u − E_p[u], h(x) = expm1(x) − x ≥ 0
+        KL(π_θ ‖ π_ref)          =  log E_p[exp(−c)]    =  log1p(E_p[h(−c)])
         log π_ref(y) − log π_θ(y)                       =  E_p[u] − KL                 (the first line at s = −1)
 
-    so numbers near zero are sums of small terms and lose nothing.
+    with c = u − E_p[u] and h(x) = expm1(x) − x ≥ 0: numbers near zero are sums of small terms and lose nothing.
     """
     y = labels[:, None]
     log_p = f.log_softmax(-1)  # (n, V)
@@ -251,26 +252,28 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     def mean(x: Tensor) -> Tensor:  # E_p[x], (n, V) -> (n,)
         return (p * x).sum(-1)
 
-    def log_mean_exp(a: Tensor, x: Tensor) -> Tensor:
-        """log E_p[exp(a)], given x = E_p[exp(a)] − 1 free of cancellation; x is no use when it is near −1 or clipped."""
-        near = x.double().log1p()
-        return near if f.dtype == torch.float32 else torch.where(x.abs() < 0.5, near, (log_p + a).logsumexp(-1))
-
-    def delta(s: float) -> Tensor:
-        return -log_mean_exp(s * u, mean((s * u).clamp_(max=600).expm1_()))
+    def log_mean_exp(a: Tensor, excess: Callable, rest: Callable) -> Tensor:
+        """log E_p[exp(a)] = log1p(E_p[excess(a)]), where excess(a) = exp(a) − rest(a), E_p[rest(a)] = 1."""
+        if f.dtype == torch.float32:  # |a| is below 1, or 16 for the KL
+            return mean(excess(a)).double().log1p()
+        # Where exp(a) is large p may have underflowed: there p·exp(a) is exp(log p + a).
+        terms = torch.where(a < 1, p * excess(a.clamp(max=1)), (log_p + a).exp() - p * rest(a))
+        far = (log_p + a).logsumexp(-1)
+        return torch.where(far.abs() < 0.4, terms.sum(-1).log1p(), far)
 
     u_mean = mean(u)
     minus_c = u_mean[:, None] - u  # (n, V)
-    kl = log_mean_exp(minus_c, mean(_expm1_minus_x(minus_c.clamp(max=600))))
-    # Rounding: of the increments, 2⁻¹⁶·E_p|expm1(±εu)| ≤ 2⁻¹⁶·E_p|u|·expm1(a)/max|u| with a = ε·max|u|, and of d itself.
+    kl = log_mean_exp(minus_c, _expm1_minus_x, lambda a: 1 + a)
+    delta_minus, delta_plus = (-log_mean_exp(s * u, torch.expm1, lambda a: 1.0) for s in (epsilon, -epsilon))
+    # Rounding: of the increments, 2⁻¹⁶·E_p|expm1(±εu)| ≤ 2⁻¹⁶·E_p|u|·expm1(a)/max|u|, a = ε·max|u|, and of d itself.
     u_abs = mean(u.abs()).double()
     growth = (epsilon * size).clamp(max=600).expm1() / size.clamp(min=1e-300)
-    floor = 2.0**-16 * (u_abs * growth).clamp(max=1.0) + 1e-37
+    floor = 2.0**-16 * (u_abs * growth).maximum(delta_minus.abs()).maximum(delta_plus.abs()).clamp(max=1.0) + 1e-37
     if f.dtype == torch.float32:
         floor += epsilon * 2.0**-23 * (u_abs + 2 * d_y.squeeze(-1).abs())
     logp = log_p.gather(-1, y).squeeze(-1)
     ref_logp = logp.double() + (u_mean.double() - kl)
-    return TokenStats(logp, ref_logp, delta(+epsilon), delta(-epsilon), kl, floor), size
+    return TokenStats(logp, ref_logp, delta_minus, delta_plus, kl, floor), size
 
 
 def _expm1_minus_x(x: Tensor) -> Tensor:

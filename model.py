@@ -50,7 +50,7 @@ KEYS = {  # all that changes numbers: what it must be, and what an absent key me
     "mlp_bias":                ("true or false",   False,   NO,      NO,      NO),
     "sliding_window":          ("int > 0 or null", NO,      4096,    4096,    4096),   # keys seen, itself included
     "use_sliding_window":      ("true or false",   NO,      NO,      False,   False),  # Mistral: in all layers, always
-    "max_window_layers":       ("int",             NO,      NO,      28,      28),     # first layer with a window, if
+    "max_window_layers":       ("int >= 0",        NO,      NO,      28,      28),     # first layer with a window, if
     "layer_types":             ("list or null",    NO,      NO,      None,    None),   # this list does not say it
 }
 # fmt: on
@@ -72,7 +72,7 @@ def _is(kind: str, value: object) -> bool:
     if kind.endswith("null") and value is None:
         return True
     if kind.startswith("int"):
-        return type(value) is int and (value > 0 or ">" not in kind) and value <= 2**28
+        return type(value) is int and (value > 0 or (value == 0 and "=" in kind)) and value <= 2**28
     if kind.startswith("number"):
         return type(value) in (int, float) and 0 < value < math.inf
     types = {"true or false": bool, "list or null": list, "rope or null": dict}
@@ -192,7 +192,7 @@ class Entry(NamedTuple):
     def read(self) -> Tensor:
         """A private, writable copy (an optimizer that steps on a read-only map ends the process with SIGSEGV)."""
         if 0 in self.shape:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(0, dtype=self.dtype).reshape(self.shape)
         shape = (math.prod(self.shape) * self.dtype.itemsize,)  # bytes, for numpy has no bf16
         data = np.memmap(self.path, np.uint8, "r", self.start, shape)  # a map per tensor: it leaves memory at once
         return torch.from_numpy(np.array(data)).view(self.dtype).reshape(self.shape)
@@ -217,8 +217,11 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
         base = 8 + int.from_bytes(file.read(8), "little")
         require(8 <= base <= min(length, 8 + 100_000_000), f"header of {base - 8} bytes, file of {length}: cut short?")
         try:
-            text = file.read(base - 8).decode()
-            header = json.loads(text, object_pairs_hook=unique, parse_constant=lambda nan: require(False, nan))
+            hooks = {
+                "parse_constant": lambda nan: require(False, nan),
+                "parse_int": lambda n: int(n) if n != "-0" else -1,
+            }
+            header = json.loads(file.read(base - 8).decode(), object_pairs_hook=unique, **hooks)
             json.dumps(header, ensure_ascii=False).encode()  # lone surrogates are no text
         except (ValueError, RecursionError) as error:
             require(False, f"bad header: {error}")
@@ -483,7 +486,8 @@ class GPT(nn.Module):
         with torch.device("meta"):  # names and shapes alone, all checked before a weight is read
             model = cls(config).to(dtype)
         embedding = entries.get("model.embed_tokens.weight")
-        head = entries.setdefault("lm_head.weight", embedding) if config.tie_word_embeddings else embedding
+        tied = config.tie_word_embeddings and embedding
+        head = entries.setdefault("lm_head.weight", embedding) if tied else embedding
         try:  # torch lists all that is missing, unexpected or of another shape
             model.load_state_dict({name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()})
         except RuntimeError as error:

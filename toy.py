@@ -38,11 +38,11 @@ class World:
 
     @cached_property
     def responses(self) -> Tensor:  # (N, length) int64, letters first, then stops
-        base, place = self.letters, torch.arange(self.length).flip(0)
-        levels = [
-            torch.arange(base**n)[:, None] // base ** place[self.length - n :] % base for n in range(len(place) + 1)
-        ]
-        return torch.cat([F.pad(level, (0, self.length - level.shape[1]), value=base) for level in levels])
+        def level(n: int) -> Tensor:  # all texts of n letters are the numbers of n digits
+            digits = torch.arange(self.letters**n)[:, None] // self.letters ** torch.arange(n).flip(0) % self.letters
+            return F.pad(digits, (0, self.length - n), value=self.letters)
+
+        return torch.cat([level(n) for n in range(self.length + 1)])
 
     @cached_property
     def sizes(self) -> Tensor:  # (N,) int64: tokens sampled and scored, the stop among them unless the world made it
@@ -102,10 +102,7 @@ class World:
         tokens = self.rows(torch.arange(self.letters).repeat_interleave(len(longest)), longest.repeat(self.letters))
         logps = policy(tokens.to(device))[:, 1:].double().cpu().log_softmax(-1)  # (P · longest, length, V)
         logps = logps.view(self.letters, len(longest), self.length, -1)
-        prefix, stopped = (
-            torch.zeros(self.letters, 1, dtype=torch.float64),
-            [],
-        )  # prefixes of n letters, listed in order
+        prefix, stopped = logps.new_zeros(self.letters, 1), []  # log P(begins with it), log P(is it), of n letters
         for n in range(self.length):
             node = logps[:, :: self.letters ** (self.length - 1 - n), n]  # (P, letters^n, V): one row for each prefix
             stopped.append(prefix + node[..., -1])
@@ -167,13 +164,16 @@ def mean_reward(logp: Tensor, reward: Tensor) -> Tensor:
 
 
 def kl(logp: Tensor, other: Tensor) -> Tensor:
-    """KL(π ‖ other) in nats, a scalar; what π never says adds nothing."""
-    return torch.where(logp > -math.inf, logp.exp() * (logp - other), 0.0).sum(-1).mean()
+    """KL(π ‖ other) in nats, a scalar ≥ 0; what π never says adds nothing."""
+    return torch.where(logp == -math.inf, 0.0, logp.exp() * (logp - other)).sum(-1).mean().clamp(min=0.0)
 
 
 def optimum(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """log π*, π* = π_ref · e^{r/β} / Z: what maximises E[r] − β·KL(π ‖ π_ref) (Rafailov et al. 2023, eq. 4)."""
-    return (ref_logp + reward / beta).log_softmax(-1)
+    """log π*, π* = π_ref · e^{r/β} / Z: what maximises E[r] − β·KL(π ‖ π_ref) (Rafailov et al. 2023, eq. 4).
+
+    Labels of Bradley–Terry scale s are those of the reward s·r: from all pairs, DPO at β learns π* of β/s.
+    """
+    return (ref_logp + reward.double() / beta).log_softmax(-1)
 
 
 def frontier(ref_logp: Tensor, reward: Tensor, at_kl: float) -> Tensor:
@@ -217,17 +217,8 @@ def report(logp: Tensor, ref_logp: Tensor, reward: Tensor, beta: float) -> Repor
 
 def table(reports: dict[str, Report]) -> str:
     """One line for each policy."""
-    head = ("E[reward]", "KL to ref", "win rate", "of attainable", "J", "KL to optimum")
-    lines = [" " * 12 + "".join(f"{h:>15}" for h in head)]
+    lines = [("", "E[reward]", "KL to ref", "win rate", "of attainable", "J", "KL to optimum")]
     for name, r in reports.items():
         share = "-" if math.isnan(r.share) else f"{100 * r.share:.1f} %"
-        numbers = (
-            f"{r.reward:.3f}",
-            f"{r.kl:.3f}",
-            f"{r.win_rate:.3f}",
-            share,
-            f"{r.objective:.3f}",
-            f"{r.kl_to_optimum:.3f}",
-        )
-        lines.append(f"{name:<12}" + "".join(f"{x:>15}" for x in numbers))
-    return "\n".join(lines)
+        lines.append((name, *(f"{x:.3f}" for x in r[:3]), share, *(f"{x:.3f}" for x in r[4:])))
+    return "\n".join(f"{name:<12}" + "".join(f"{x:>15}" for x in numbers) for name, *numbers in lines)

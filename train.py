@@ -17,13 +17,13 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import toy
 from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, micro_batches, row_length, show_pair
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta, sum_over_responses
 from model import GPT, Config
+from model import _replace as replace_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -58,12 +58,12 @@ class Flags:
     # exp(−ε · steps · (2·accuracy − 1)), so choose ε times the number of steps of order 1 to 5
     epsilon_check: float | None = None  # ε_c, the perturbation in the check, in [0, 1) [--epsilon]
     epsilon_step: float | None = None  # ε_s, the size of a step of β, in [0, 0.5]; 0 is plain DPO [--epsilon]
-    lr: float | None = None  # peak learning rate: linear warm-up, then a cosine to zero [2e-3 | 7e-7]
+    lr: float | None = None  # peak learning rate: linear warm-up, then a cosine to zero [5e-4 | 7e-7]
     warmup: float = 0.1  # share of the steps that warm up
     batch_size: int | None = None  # pairs in one optimizer step, over all processes [64 | 128]
     epochs: int = 1  # passes over the data
     steps: int | None = None  # optimizer steps, in place of --epochs
-    micro_tokens: int = 8192  # tokens in one forward pass of one process: fewer need less memory
+    micro_tokens: int = 2048  # tokens in one forward pass of one process: fewer need less memory
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.0  # AdamW's
     max_length: int = 2048  # tokens of a prompt and one response
@@ -82,7 +82,7 @@ class Flags:
     def __post_init__(self) -> None:
         """Fill in what depends on the job or on other flags. Raises ValueError naming the flag that is wrong."""
         real = bool(self.model or self.data)
-        for name, (of_toy, of_real) in {"beta": (0.5, 0.01), "lr": (2e-3, 7e-7), "batch_size": (64, 128)}.items():
+        for name, (of_toy, of_real) in {"beta": (0.5, 0.01), "lr": (5e-4, 7e-7), "batch_size": (64, 128)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, of_real if real else of_toy)
         self.epsilon_check = self.epsilon if self.epsilon_check is None else self.epsilon_check
@@ -247,87 +247,86 @@ def learning_rate(step: int, steps: int, flags: Flags) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run leaves behind
+# What a run leaves behind, and how it goes on from there
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-RUN_FILES = ("flags.json", "metrics.jsonl", "checkpoint.pt", "model", "reference", "run.svg")
-FREE_ON_RESUME = {"model", "data", "eval_data", "out", "device", "micro_tokens", "eval_every", "save_every", "samples"}
+# Flags that a resumed run may change: they alter neither the data nor the numbers (micro_tokens: their last bits only).
+FREE_ON_RESUME = {
+    *("model", "data", "eval_data", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show"),
+    *("resume", "overwrite"),
+}
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place to write the next version of `path`: flushed and moved over it at the end, or gone if that fails."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        yield beside
-        with open(beside, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def fingerprint(pairs: Sequence[Pair], folder: str) -> dict[str, str]:
-    """What a checkpoint belongs to, as hashes: the token ids of all pairs, and the files of the first weights."""
-    ids, files = hashlib.sha256(), hashlib.sha256()
+def identity(flags: Flags, pairs: Sequence[Pair]) -> dict[str, str]:
+    """What a checkpoint belongs to: the flags that matter, and hashes of all token ids and of the first weights."""
+    ids, weights = hashlib.sha256(), hashlib.sha256()
     for pair in pairs:
         for part in (pair.prompt, pair.chosen, pair.rejected):
             ids.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
-    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
-        with open(path, "rb") as f:  # sizes, and the ends of the files: enough to tell two models apart, at any size
-            head = f.read(1 << 20)
+    for path in sorted(Path(flags.model).glob("*.safetensors")) if flags.model else ():
+        with open(path, "rb") as f:  # size and ends: enough to tell two models apart, whatever their size
+            weights.update(path.stat().st_size.to_bytes(8, "little") + f.read(1 << 20))
             f.seek(max(0, path.stat().st_size - (1 << 20)))
-            files.update(path.stat().st_size.to_bytes(8, "little") + head + f.read())
-    return {"data": ids.hexdigest(), "model": files.hexdigest()}
+            weights.update(f.read())
+    chosen = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in FREE_ON_RESUME}
+    return chosen | {"the data": ids.hexdigest(), "the model": weights.hexdigest()}
 
 
-def save_checkpoint(path: Path, step: int, policy: GPT, optimizer, method: EpsDPO, identity: dict[str, str]) -> None:
-    """All of a run's state: weights, moments, β and the step. Order and schedule follow from the step and the flags."""
-    weights, moments = get_state_dict(policy, optimizer, options=WHOLE)
+def save_checkpoint(out: Path, step: int, policy: GPT, optimizer, method: EpsDPO, who: dict, lines: list) -> None:
+    """All state of a run: weights, moments, β, metrics. The order of pairs and the schedule follow from step and flags."""
+    weights, moments = get_state_dict(policy, optimizer, options=WHOLE)  # gathered by all processes, written by one
+    state = {"step": step, "method": vars(method), "identity": who, "metrics": json.dumps(lines)}
     if rank_and_world()[0] == 0:
-        with replacing(path) as beside:
-            state = {"step": step, "method": vars(method), "identity": identity}
-            torch.save({"weights": weights, "moments": moments, **state}, beside)
+        state |= {"weights": weights, "moments": moments}
+        replace_file(out / "checkpoint.pt", lambda f: torch.save(state, f))
 
 
-def load_checkpoint(path: Path, policy: GPT, optimizer, method: EpsDPO, identity: dict[str, str]) -> int:
-    """Put a checkpoint's state in place and return the number of steps done. Raises ValueError if it is another run's."""
+def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict) -> tuple[int, list]:
+    """Put a checkpoint's state in place; return the steps done and their metrics. ValueError if it is another run's."""
+    path = out / "checkpoint.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        differ = [name for name, value in identity.items() if state["identity"].get(name) != value]
-    except Exception as e:  # torch.load fails in many ways on a file that is none of its own
-        raise ValueError(f"{path}: not a checkpoint of this program ({type(e).__name__}: {e})") from e
+        differ = [name for name, value in who.items() if state["identity"].get(name) != value]
+        weights, moments, lines = state["weights"], state["moments"], json.loads(state["metrics"])
+    except FileNotFoundError:
+        raise ValueError(f"--resume: {path} does not exist: the run in {out} saved none (--save-every)") from None
+    except Exception as e:  # torch.load fails in many ways on what is no checkpoint
+        raise ValueError(f"{path}: not a checkpoint of this program: {type(e).__name__}: {e}") from e
     if differ:
-        raise ValueError(f"{path}: a checkpoint of another run, its {', '.join(differ)} differ: resume with the same")
-    set_state_dict(
-        policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"], options=WHOLE
-    )
+        raise ValueError(f"{path}: is of a run in which {', '.join(differ)} had another value: resume with the same")
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
     vars(method).update(state["method"])
-    return state["step"]
+    return state["step"], lines
 
 
-class Log:
-    """metrics.jsonl: strict JSON, one line a step, written by one process; on resume cut back to the checkpoint's step."""
+def claim(out: Path, flags: Flags) -> None:
+    """Make `out` this run's folder, before time is spent. Raises ValueError if it holds a run nobody said to replace."""
+    toy_default = not flags.out and not flags.model
+    made_by = json.loads((out / "flags.json").read_text())["model"] if (out / "flags.json").exists() else ""
+    held = [name for name in ("metrics.jsonl", "checkpoint.pt", "model") if (out / name).exists()]
+    if held and not (flags.resume or flags.overwrite or (toy_default and made_by == "")):
+        raise ValueError(f"--out {out}: holds a run ({', '.join(held)}): --resume goes on, --overwrite replaces it")
+    out.mkdir(parents=True, exist_ok=True)
+    if not flags.resume:
+        for name in held:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    text = json.dumps(dataclasses.asdict(flags), indent=2)
+    replace_file(out / "flags.json", lambda f: f.write(text.encode()))  # fails here and now if nothing can be written
 
-    def __init__(self, out: Path | None, done: int | None) -> None:
-        self.lines: list[dict[str, float]] = []
-        self.file = None
-        if out is None or rank_and_world()[0] != 0:
-            return
-        path = out / "metrics.jsonl"
-        if done is not None and path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line may be torn: a killed run's normal state
-                    self.lines += [x for x in [json.loads(line)] if x["step"] <= done]
-        with replacing(path) as beside:
-            beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(path, "a")
 
-    def write(self, line: dict[str, float]) -> None:
-        self.lines.append(line)
-        if self.file:
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
-            self.file.flush()
+class StopSignal:
+    """Ctrl-C, or a scheduler's SIGTERM, asks a run to stop after the step it is in; a second one stops it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # outside the main thread signals are not ours to take
+                signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -343,196 +342,169 @@ def train(
     eval_pairs: Sequence[Pair] = (),
     out: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train `policy` in place and return the metrics, one dict a step; with `out`, also write them and checkpoints.
+    """Train `policy` in place; return the metrics, a dict for each step. With `out`, also write them and checkpoints.
 
-    `reference` must share no storage with it. Raises ValueError when a loss or gradient is not finite, before
-    the optimizer step, and naming the rows.
+    Raises ValueError, before the optimizer step, for a loss or gradient that is not finite; KeyboardInterrupt when
+    asked to stop, after saving.
     """
     method = method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
     rank, world = rank_and_world()
     device = next(policy.parameters()).device
-    policy.train().requires_grad_(True)
-    reference.eval().requires_grad_(False)
+    policy.requires_grad_(True)
+    reference.requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(pairs) / flags.batch_size)
     steps = flags.steps or flags.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, fused=True)
-    checkpoint = out / "checkpoint.pt" if out else None
-    identity = fingerprint([*pairs, *eval_pairs], flags.model) | {
-        f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in FREE_ON_RESUME
-    }
-    done = None
-    if flags.resume and out:
-        done = load_checkpoint(checkpoint, policy, optimizer, method, identity)
-    log = Log(out, done)
-    beta_0, beta_reported, saved = flags.beta, False, done
-    stop = StopSignal()
+    done, saved, lines, who = 0, 0, [], identity(flags, [*pairs, *eval_pairs]) if out else {}
+    if out and flags.resume:
+        done, lines = load_checkpoint(out, policy, optimizer, method, who)
+        saved = done
+    file = None
+    if out and rank == 0:  # on resume this cuts the file back to the checkpoint's step
+        replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in lines))
+        file = open(out / "metrics.jsonl", "a", encoding="utf-8")
 
-    def evaluated(step: int) -> None:
-        if eval_pairs:
-            log.write({"step": step} | evaluate(policy, reference, eval_pairs, method, flags))
+    def write(line: dict[str, float]) -> None:
+        lines.append(line)
+        if file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
 
-    if done is None:
-        evaluated(0)
-    bar = tqdm(total=steps, initial=done or 0, desc="train", unit="step", disable=rank != 0, leave=False)
-    for step in range(done or 0, steps):
+    def stop_at(step: int, rows: Sequence[Pair], problem: object) -> ValueError:
+        names = ", ".join(f"{Path(pair.file).name}:{pair.line}" for pair in rows[:8]) + " …" * (len(rows) > 8)
+        last = f"go on from step {saved} with --resume" if saved else "no checkpoint was saved (--save-every)"
+        return ValueError(f"step {step + 1}, rows {names}: {problem}; {last}")
+
+    if eval_pairs and not done:
+        write({"step": 0} | evaluate(policy, reference, eval_pairs, method, flags))
+    beta_left, asked = False, StopSignal()
+    bar = tqdm(range(done, steps), "train", steps, False, initial=done, unit="step", disable=rank != 0)
+    for step in bar:
         started = time.perf_counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size : (place + 1) * flags.batch_size]
-        batch = [pairs[i] for i in order]
-        parts = []
+        order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
+        batch, parts = [pairs[i] for i in order], []
         for group in my_share(batch, flags.micro_tokens):
             micro = collate(group).to(device)
             try:
                 chosen, rejected = compare(policy, reference, micro, flags.epsilon_check, flags.dtype)
                 result = method.loss(chosen, rejected, micro)
             except ValueError as e:
-                raise ValueError(f"step {step + 1}, rows {rows_of(group)}: {e}; {last_good(saved, out)}") from e
+                raise stop_at(step, group, e) from e
             # FSDP averages gradients over the processes: sum · world / pairs makes that the mean over all pairs.
             (result.losses.sum() * (world / len(batch))).backward()
             parts.append(totals(result, chosen, rejected, micro, method.beta))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        sums, stopping = add_up(parts, float(stop.asked))
-        if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
-            problem = f"the loss is {sums['loss'] / len(batch)} and the gradient's norm {norm}"
-            raise ValueError(f"step {step + 1}, rows {rows_of(batch)}: {problem}; {last_good(saved, out)}")
+        sums, stopping = add_up(parts, asked.asked)
+        if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
+            raise stop_at(step, batch, f"the loss is {sums['loss'] / len(batch)}, the gradient's norm {norm}")
         if step == 0 and norm == 0:
             tqdm.write(
-                "warning: the first gradient is all zero, so nothing will be learned: is the policy frozen, does the "
-                "reference share its weights, are the two answers of every pair equal?"
+                "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it share "
+                "its weights with the reference, are the two answers of every pair equal?"
             )
-        lr = learning_rate(step, steps, flags)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, steps, flags)
         optimizer.step()
         optimizer.zero_grad()
         beta = method.beta
         method.after_step(sums, policy, reference)
 
-        seconds = time.perf_counter() - started
         del sums["margin_squares"]
-        tokens = sum(map(row_length, batch))
-        log.write(
-            {"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "learning_rate": lr, "grad_norm": norm}
-            | {"beta": beta}
-            | {name: value / len(batch) for name, value in sums.items()}
-            | {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds, "memory_gb": memory_gb()}
-        )
-        line = log.lines[-1]
-        bar.set_postfix_str(
-            f"loss {line['loss']:.4f} β {beta:.4g} acc {line['rewards/accuracies']:.2f} "
-            f"{line['tokens_per_second']:.0f} tok/s {line['memory_gb']:.1f} GB"
-        )
-        bar.update()
-        if not beta_reported and not beta_0 / 100 <= method.beta <= beta_0 * 100:
-            beta_reported = True
+        seconds, tokens = time.perf_counter() - started, sum(map(row_length, batch))
+        line = {"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "learning_rate": group["lr"]}
+        line |= {"grad_norm": norm, "beta": beta} | {name: value / len(batch) for name, value in sums.items()}
+        line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "memory_gb": memory_gb()}
+        write(line)
+        shown = (line["loss"], beta, line["rewards/accuracies"], line["tokens_per_second"], line["memory_gb"])
+        bar.set_postfix_str("loss {:.4f} β {:.4g} accuracy {:.2f} {:.0f} tok/s {:.1f} GB".format(*shown))
+        if not beta_left and not flags.beta / 100 <= method.beta <= 100 * flags.beta:
+            beta_left = True
             tqdm.write(
-                f"warning: β went from {beta_0:g} to {method.beta:.3g}: ε times the steps is too large (--epsilon)"
+                f"warning: β went from {flags.beta:g} to {method.beta:.3g}: choose ε · steps smaller (--epsilon)"
             )
         last = step + 1 == steps
-        if last or (flags.eval_every and (step + 1) % flags.eval_every == 0):
-            evaluated(step + 1)
-        if out and (stopping or last or (flags.save_every and (step + 1) % flags.save_every == 0)):
-            if flags.save_every or stopping:
-                save_checkpoint(checkpoint, step + 1, policy, optimizer, method, identity)
-                saved = step + 1
+        if eval_pairs and (last or (flags.eval_every and (step + 1) % flags.eval_every == 0)):
+            write({"step": step + 1} | evaluate(policy, reference, eval_pairs, method, flags))
+        if out and (stopping or (flags.save_every and (last or (step + 1) % flags.save_every == 0))):
+            save_checkpoint(out, step + 1, policy, optimizer, method, who, lines)
+            saved = step + 1
         if stopping and not last:
-            bar.close()
-            raise KeyboardInterrupt(f"stopped after step {step + 1}; {last_good(saved, out)}")
-    bar.close()
-    return log.lines
-
-
-def rows_of(pairs: Sequence[Pair]) -> str:
-    shown = ", ".join(f"{Path(pair.file).name}:{pair.line}" for pair in pairs[:8])
-    return shown + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
-
-
-def last_good(saved: int | None, out: Path | None) -> str:
-    return f"go on with --resume from step {saved} in {out}" if saved else "no checkpoint had been saved (--save-every)"
+            raise KeyboardInterrupt(
+                f"stopped after step {step + 1}" + f", saved: go on with --resume --out {out}" * bool(out)
+            )
+    return lines
 
 
 def memory_gb() -> float:
-    """The peak so far: of the device on a GPU, of the process on a CPU."""
+    """The peak so far: the device's on a GPU, the process's on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-class StopSignal:
-    """Ctrl-C (or a scheduler's SIGTERM) asks the run to stop after the step it is in; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may: elsewhere signals keep their meaning
-                signal.signal(name, self.ask)
-
-    def ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt("stopped at once: nothing saved since the last checkpoint")
-        self.asked = True
-        tqdm.write("stopping after this step; once more to stop at once")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The two jobs
 
-TOY_PAIRS, TOY_SCALE = (
-    16384,
-    2.0,
-)  # pairs of the toy world, and what a point of reward counts in its Bradley–Terry labels
+TOY_PAIRS, TOY_SCALE = 16384, 1.0  # pairs of the toy world; what a point of reward counts in its Bradley–Terry labels
+TOY_MODEL = {"vocab_size": 6, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+TOY_MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8}
 
 
-def toy_job(flags: Flags, device: torch.device, out: Path | None) -> None:
+def toy_job(flags: Flags, device: torch.device) -> None:
     """ε-DPO and DPO on a world whose every response is listed, from the same pairs and the same reference."""
+    out = Path(flags.out or "out/toy")
+    claim(out, flags)
     world = toy.World(flags.seed)
     torch.manual_seed(flags.seed)
-    config = Config(
-        vocab_size=6, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
-    reference = GPT(config).to(device)
-    print(f"toy world {flags.seed}: 5 prompts, {len(world.responses)} responses each, all of them listed")
+    reference = GPT(Config(**TOY_MODEL)).to(device)
     distance = toy.fit_reference(reference, world, seed=flags.seed)
-    print(f"reference: a GPT of {count(reference):,} parameters, {distance:.4f} nats from the language it learned")
+    print(
+        f"toy world {flags.seed}: 5 prompts with {len(world.responses)} responses each, all of them listed\n"
+        f"reference: a GPT of {count(reference):,} parameters, {distance:.4f} nats from the language it learned"
+    )
     ref_logp = world.list_logps(reference, device)
-    prompt, *answers = toy.sample_pairs(ref_logp, world.reward, TOY_PAIRS + flags.eval_size, TOY_SCALE, flags.seed)
+    sample = toy.sample_pairs(ref_logp, world.reward, TOY_PAIRS + flags.eval_size, TOY_SCALE, flags.seed)
     pairs = [
-        Pair(np.array([x], np.int32), world.ids(int(w)), world.ids(int(l)), "toy", i + 1)
-        for i, (x, w, l) in enumerate(zip(prompt.tolist(), *answers))
+        Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l), "toy", i)
+        for i, (x, w, l) in enumerate(zip(*(column.tolist() for column in sample)), 1)
     ]
     eval_pairs, pairs = pairs[TOY_PAIRS:], pairs[:TOY_PAIRS]
-    if flags.steps is None:
-        flags = dataclasses.replace(flags, steps=flags.epochs * math.ceil(len(pairs) / flags.batch_size))
     logps = {"reference": ref_logp}
-    for name, of_run, folder in (
-        ("ε-DPO", flags, out),
-        ("DPO", dataclasses.replace(flags, epsilon_step=0.0, resume=False), None),
-    ):
-        policy = copy.deepcopy(reference)
-        lines = train(policy, reference, pairs, of_run, eval_pairs=eval_pairs, out=folder)
+    for name in ("ε-DPO", "DPO"):
+        policy, plain = copy.deepcopy(reference), dataclasses.replace(flags, epsilon_step=0.0, resume=False)
+        if name == "DPO":
+            train(policy, reference, pairs, plain)
+        else:
+            lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out)
+            leave_results(policy, lines, out)
         logps[name] = world.list_logps(policy, device)
-        if folder:
-            leave_results(policy, lines, folder)
-            betas = [line["beta"] for line in lines if "beta" in line]
-            print(f"{name}: {len(betas)} steps of {flags.batch_size} pairs, β {betas[0]:.3f} → {betas[-1]:.3f}")
+    betas = [line["beta"] for line in lines if "beta" in line]
     logps["optimum π*"] = toy.optimum(ref_logp, world.reward, flags.beta)
-    print(f"\nExact, over all responses; J and π* at β₀ = {flags.beta}:")
     reports = {name: toy.report(logp, ref_logp, world.reward, flags.beta) for name, logp in logps.items()}
+    print(
+        f"\nafter {len(betas)} steps of {flags.batch_size} pairs, exact, over all responses (J and π* at β = {flags.beta}):"
+    )
     print(toy.table(reports))
+    ours = reports["ε-DPO"]
+    print(
+        f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having seen which of two answers was preferred, "
+        f"{len(pairs):,} times, the policy now beats the reference in {ours.win_rate:.0%} of comparisons, and has "
+        f"{ours.share:.0%} of the reward that any policy this close to the reference could have gained."
+    )
 
 
-def real_job(flags: Flags, device: torch.device, out: Path | None) -> None:
+def real_job(flags: Flags, device: torch.device) -> None:
     """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
-    has_tokenizer = (Path(flags.model) / "tokenizer.json").exists()
-    tokenizer = Tokenizer.from_pretrained(flags.model) if has_tokenizer else None
-    config = Config.from_json(Path(flags.model) / "config.json")
-    rules = dict(
-        tokenizer=tokenizer, vocab_size=config.vocab_size, max_length=flags.max_length,
-        max_prompt_length=flags.max_prompt_length, skip_bad_rows=flags.skip_bad_rows,
-        max_position_embeddings=config.max_position_embeddings,
-    )  # fmt: skip
+    out, folder = Path(flags.out), Path(flags.model)
+    config = Config.from_json(folder / "config.json")
+    tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+    rules = {name: getattr(flags, name) for name in ("max_length", "max_prompt_length", "skip_bad_rows")}
+    rules |= {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "progress": rank_and_world()[0] == 0}
+    rules |= {"max_position_embeddings": config.max_position_embeddings}
+    if not flags.show:
+        claim(out, flags)
     pairs, report = load_pairs(flags.data, **rules)
     print(report)
     if flags.show:
@@ -540,50 +512,84 @@ def real_job(flags: Flags, device: torch.device, out: Path | None) -> None:
         return
     if flags.eval_data:
         eval_pairs, report = load_pairs(flags.eval_data, **rules)
-        print(f"held out: {report}")
+        print(f"held out, from --eval-data: {report}")
     else:
         order = np.random.default_rng(0).permutation(len(pairs))  # the same pairs for every seed
         held = min(flags.eval_size, len(pairs) // 10)
-        eval_pairs, pairs = [pairs[i] for i in sorted(order[:held])], [pairs[i] for i in sorted(order[held:])]
-        print(f"held out: {held} pairs of --data")
-    reference = GPT.from_pretrained(flags.model).to(device)
-    policy = GPT.from_pretrained(flags.model).to(device)
+        eval_pairs, pairs = [pairs[i] for i in np.sort(order[:held])], [pairs[i] for i in np.sort(order[held:])]
+        print(f"held out: {held} of them, {len(pairs):,} to train on")
+    if not pairs:
+        raise ValueError(f"--data {' '.join(flags.data)}: no pair is left to train on")
+    policy, reference = (GPT.from_pretrained(folder).to(device) for _ in range(2))
+    print(forecast(policy, pairs, flags))
+    shown = eval_pairs[: flags.samples] if rank_and_world()[1] == 1 and tokenizer else []
+    before = answers(policy, shown)
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out)
+    for pair, old, new in zip(shown, before, answers(policy, shown)):
+        texts = [tokenizer.decode(ids).strip()[-400:] for ids in (pair.prompt, old, new)]
+        print("\nprompt: …{}\nbefore: {}\nafter:  {}".format(*texts))
+    for line in lines:
+        if "eval/loss" in line:
+            accuracy, margin, loss = (line[f"eval/{x}"] for x in ("rewards/accuracies", "rewards/margins", "loss"))
+            errors = line["eval/rewards/accuracies_se"], line["eval/rewards/margins_se"]
+            print(
+                f"step {line['step']}, {line['eval/pairs']} held-out pairs: accuracy {accuracy:.3f} ± {errors[0]:.3f}, "
+                f"reward margin {margin:.4f} ± {errors[1]:.4f}, loss {loss:.4f}"
+            )
     leave_results(policy, lines, out)
-    print_evaluations(lines)
+
+
+def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
+    """Tokens, steps, and estimates of memory and time, before any is spent."""
+    c, world = policy.config, rank_and_world()[1]
+    steps = flags.steps or flags.epochs * math.ceil(len(pairs) / flags.batch_size)
+    row = sum(map(row_length, pairs)) / len(pairs)
+    tokens = int(row * min(flags.batch_size, len(pairs)) * steps)
+    a = torch.rand(1024, 1024, device=next(policy.parameters()).device)
+    a @ a
+    started = time.perf_counter()
+    (a @ a).sum().item()
+    rate = 2 * 1024**3 / (time.perf_counter() - started)
+    # Weights, gradient and two moments of the policy and the reference's weights, 4 bytes each; then what backward needs.
+    kept = c.num_hidden_layers * (14 * c.hidden_size + 4 * c.intermediate_size) + 4 * c.vocab_size
+    gigabytes = (20 * count(policy) / world + 4 * kept * max(flags.micro_tokens, row)) / 1e9
+    hours = 8 * count(policy) * tokens / rate / 3600 / world
+    return (
+        f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {gigabytes:.1f} GB on each device "
+        f"and {hours:.1f} hours (at the {rate / 1e9:.0f} GFLOP/s of a float32 matmul here)"
+    )
+
+
+@torch.no_grad()
+def answers(policy: GPT, pairs: Sequence[Pair]) -> list[list[int]]:
+    """Greedy responses to the pairs' prompts, for a look at what training did."""
+    ends = [int(pair.chosen[-1]) for pair in pairs]
+    prompts = [pair.prompt.tolist() for pair in pairs]
+    return policy.generate(prompts, 64, eos=max(set(ends), key=ends.count)) if pairs else []
 
 
 def leave_results(policy: GPT, lines: list[dict[str, float]], out: Path) -> None:
-    """The final model as a folder that transformers loads, and a figure where matplotlib is installed."""
+    """The final model as a folder that transformers loads, and a figure of the run where matplotlib is installed."""
     policy.save_pretrained(out / "model")
-    draw(lines, out / "run.svg")
-    print(f"wrote {out}: model/, metrics.jsonl")
-
-
-def draw(lines: list[dict[str, float]], path: Path) -> None:
-    try:
+    with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-    except ImportError:
-        return
-    lines = [line for line in lines if "loss" in line]
-    panels = (("loss",), ("beta",), ("steps/lower", "steps/raise", "steps/uncertain"), ("rewards/margins",), ("kl",))
-    figure = Figure(figsize=(15, 3), layout="constrained")
-    for axes, names in zip(figure.subplots(1, len(panels)), panels):
-        for name in names:
-            axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name, linewidth=1)
-        axes.set_xlabel("optimizer step")
-        axes.legend(frameon=False)
-    figure.savefig(path)
 
-
-def print_evaluations(lines: list[dict[str, float]]) -> None:
-    for line in lines:
-        if "eval/loss" in line:
-            numbers = (
-                f"{name} {line['eval/rewards/' + key]:.3f} ± {line['eval/rewards/' + key + '_se']:.3f}"
-                for name, key in (("accuracy", "accuracies"), ("margin", "margins"))
-            )
-            print(f"held out, step {line['step']}: {', '.join(numbers)}, loss {line['eval/loss']:.4f}")
+        lines = [line for line in lines if "loss" in line]
+        panels = (
+            ("loss",),
+            ("beta",),
+            ("steps/lower", "steps/raise", "steps/uncertain"),
+            ("rewards/margins",),
+            ("kl",),
+        )
+        figure = Figure(figsize=(15, 3), layout="constrained")
+        for axes, names in zip(figure.subplots(1, len(panels)), panels):
+            for name in names:
+                axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name, linewidth=1)
+            axes.set_xlabel("optimizer step")
+            axes.legend(frameon=False)
+        figure.savefig(out / "run.svg")
+    print(f"\nwrote {out}: model/, metrics.jsonl")
 
 
 def count(model: GPT) -> int:
@@ -591,21 +597,19 @@ def count(model: GPT) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when all went well, 2 for bad input (one line on stderr says which), 130 when stopped."""
     try:
         flags = parse_flags(argv)
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if flags.device == "auto" else flags.device
-        )
-        real = bool(flags.model)
-        out = Path(flags.out or "out/toy")
-        out.mkdir(parents=True, exist_ok=True)
-        (real_job if real else toy_job)(flags, device, out)
+        name = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if name.startswith("mps"):
+            raise ValueError("--device mps: it has no float64, which the sums over responses need; use cpu")
+        (real_job if flags.model else toy_job)(flags, torch.device(name))
         return 0
     except (ValueError, OSError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        print(f"train.py: {e or 'stopped at once'}", file=sys.stderr)
         return 130
 
 

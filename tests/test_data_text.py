@@ -1,4 +1,4 @@
-"""From text to tokens: tokenizers of several kinds, chat templates in the style of several families, all forms of data."""
+"""From text to tokens: tokenizers of several kinds, chat templates of several families' style, all forms of data."""
 
 import gzip
 import json
@@ -309,7 +309,8 @@ def test_no_end_token_after_a_cut_response(tmp_path, kinds):
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA2 = """{% if messages[0]['role'] == 'system' %}

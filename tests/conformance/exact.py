@@ -50,7 +50,7 @@ def token(f: list[float], f_ref: list[float], label: int, epsilon: float) -> dic
     p = [(x - total).exp() for x in f]
     size = eps * max(abs(x) for x in u)
     spread = max(sum(a * abs((s * x).exp() - 1) for a, x in zip(p, u)) for s in (eps, -eps))
-    floor = min(1, spread) / 2**16 + TINY
+    floor = min(Decimal(1), spread) / 2**16 + TINY
     if size < 1:  # the rounding of d = f − f_ref in float32
         floor += eps / 2**23 * (sum(a * abs(x) for a, x in zip(p, d)) + abs(d[label]))
     largest = max(max(abs(a), abs(b), abs(a) + eps * abs(c)) for a, b, c in zip(f, f_ref, d))

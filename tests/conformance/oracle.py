@@ -32,7 +32,8 @@ class Oracle:
             responses = self.responses(case)
             sums = [self.total(self.tokens(f, r, y, case["epsilon_check"])) for f, r, y in responses]
         sums = {k: np.array([s[k] for s in sums]).reshape(2, -1) for k in self.NAMES}  # (2, B): chosen, rejected
-        step = self.step(*(sums[k][0] - sums[k][1] for k in ("delta_minus", "delta_plus")))
+        minus, plus = self.differences(sums)
+        step = self.step(minus, plus)
         margin = self.margin(sums["logp"], sums["ref_logp"])
         beta_tilde = self.beta_tilde(b, step, case)
         losses = np.logaddexp(0, -self.beta_of_loss(b, beta_tilde) * margin)
@@ -44,8 +45,8 @@ class Oracle:
             "next_beta": self.next_beta(b, [step[p] for p in parts], case["epsilon_step"], case["baseline"]),
             "margin": margin,
             "losses": losses,
-            "delta_minus": sums["delta_minus"][0] - sums["delta_minus"][1],
-            "delta_plus": sums["delta_plus"][0] - sums["delta_plus"][1],
+            "delta_minus": minus,
+            "delta_plus": plus,
         }
         if case["entry"] == "logits":
             slope = self.beta_of_loss(b, beta_tilde) * np.exp(-np.logaddexp(0, self.beta_of_loss(b, beta_tilde) * margin))
@@ -89,6 +90,10 @@ class Oracle:
 
     def total(self, tokens: dict[str, np.ndarray]) -> dict[str, float]:
         return {k: x.sum() for k, x in tokens.items()}
+
+    def differences(self, sums: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """z(β⁻) − z(β) and z(β⁺) − z(β), with z chosen minus rejected."""
+        return tuple(sums[k][0] - sums[k][1] for k in ("delta_minus", "delta_plus"))
 
     def step(self, minus: np.ndarray, plus: np.ndarray) -> np.ndarray:
         return np.where((minus > 0) & (plus < 0), 1, np.where((minus < 0) & (plus > 0), -1, 0))

@@ -1,0 +1,416 @@
+"""The case file: `python -m tests.conformance.cases > cases.jsonl` writes it, the same bytes everywhere.
+
+The first line is its head, which explains every field and flag; each further line is one case with its right answer.
+`cases.jsonl` beside this file is what it wrote, for those who have no Python; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .exact import float32
+from .judging import complaints, complete, to_arrays
+from .mistakes import MISTAKES
+from .oracle import Oracle
+
+FILE = Path(__file__).with_name("cases.jsonl")
+
+PROPERTIES = {  # in the order of the file, easy ones first
+    "worked by hand": "a token or two with round numbers, to follow with a pencil",
+    "at the reference": "policy = reference: margin 0, every step 0, loss ln 2, gradient not zero",
+    "branches": "z(β⁻) > z(β) > z(β⁺) is step +1 and β̃ = β/(1+ε); z(β⁻) < z(β) < z(β⁺) is step −1 and β̃ = β/(1−ε)",
+    "swapped": "swapping chosen and rejected flips the step and the margin",
+    "not monotone": "when both perturbed policies are better, or both worse, than the policy itself, the step is 0",
+    "ties": "a tie is step 0",
+    "two epsilons": "epsilon_check perturbs the logits of the check, epsilon_step sizes β̃; 0 checks nothing",
+    "plain DPO": "with epsilon_step 0 the loss, its gradient and β are DPO's, whatever the steps are",
+    "lengths": "log-probabilities are summed over a response's own tokens, first to last, and never averaged",
+    "batch": "the other pairs of a batch, and their order, do not change a pair's numbers",
+    "micro-batches": "all micro-batches of an optimizer step use the old β; the loss and the next β are means over all pairs",
+    "large vocabulary": "the sums run over the whole vocabulary",
+    "sums": "from sums per response to step, β̃, loss and next β",
+    "packed rows": "in a row [prompt | chosen | rejected], the prompt's last position predicts both first tokens",
+    "near the reference": "the step is the sign of differences far smaller than the log-probabilities they are differences of",
+    "offsets": "a constant added to all logits of a position changes nothing",
+    "far from the reference": "sure and opposite models: nothing overflows, and small probabilities still count",
+}
+
+FIELDS = {
+    "id": "unique name of the case",
+    "entry": "what is given. logits: logits at every position that predicts a response token. packed: a batch of rows. sums: sums per response",
+    "property": "which property of the method it is about; all are listed in this head",
+    "level": "method: every right implementation must pass, one with float32 log-softmaxes too. exact: needs a way around cancellation or overflow",
+    "flags": "the known mistakes that fail this case; all are explained in this head",
+    "scale": "property 'near the reference' only: standard deviation of policy_logits − ref_logits",
+    "beta": "β, the baseline of this optimizer step",
+    "epsilon_check": "ε of the perturbed logits, f + ε·(f − f_ref) for β/(1+ε) and f − ε·(f − f_ref) for β/(1−ε)",
+    "epsilon_step": "ε of β̃: β/(1+ε) for step +1, β/(1−ε) for step −1",
+    "micro_batches": "how the B pairs, in order, are split into micro-batches of one optimizer step; sums to B",
+    "policy_logits": "entry logits: [2B][T_i][V], the chosen response of pair i at i, the rejected at B + i. entry packed: [B][T][V], one row per pair. Every number is a float32: read it as one (Math.fround, strtof), not as a double",
+    "ref_logits": "the reference's, of the same shape",
+    "labels": "entry logits: [2B][T_i], the token that each position predicts",
+    "tokens": "entry packed: [B][T], [prompt | chosen | rejected | padding]",
+    "positions": "entry packed: [B][T], position of each token; those of rejected start again after the prompt",
+    "segments": "entry packed: [B][T], −1 padding, 0 prompt, 1 chosen, 2 rejected",
+    "source": "entry packed: [M], index into the B·T positions: the one that predicts token m of the batch's M response tokens",
+    "label": "entry packed: [M], what it predicts",
+    "owner": "entry packed: [M], for which response: chosen of pair i is i, rejected B + i",
+    "logp": "entry sums: [2B], log π_θ of each response",
+    "ref_logp": "entry sums: [2B], log π_ref of each response",
+    "delta_minus": "entry sums: [2B], log-probability of the response under β/(1+ε_check), minus logp. In expected: [B], chosen minus rejected",
+    "delta_plus": "the same under β/(1−ε_check)",
+    "floor": "[B], how far delta_minus and delta_plus of an answer may be off",
+    "margin_floor": "[B], how far the margin may be off",
+    "expected": "the right answer: step [B], beta [B] (β̃), loss, next_beta (two baselines: arithmetic is the paper's text, harmonic the authors' code), and for those who want to look closer margin, losses, delta_minus, delta_plus [B] and, in small cases, grad: the gradient of the loss by policy_logits, of the same shape",
+}
+
+ANSWER = "one line for each case, in order: id, step, beta, loss, next_beta; may be added: margin, losses, delta_minus, delta_plus, grad; or id and skip"
+
+
+def number(x: float) -> float:
+    """A float32, as the 9 digits that hold it exactly."""
+    return float(f"{float32(x):.9g}")
+
+
+def normal(rng: random.Random, spread: float = 1.0) -> float:
+    """All but normal, of additions and products alone, so that every machine draws the same."""
+    return spread * (sum(rng.random() for _ in range(12)) - 6)
+
+
+def draw(rng, length: int, vocab: int, spread: float, offset: float = 0.0, sure: float = 0.0) -> tuple:
+    """(policy logits, reference logits, labels) of one response; `spread` is the size of their difference."""
+    f, r, labels = [], [], [rng.randrange(vocab) for _ in range(length)]
+    for label in labels:
+        row = [normal(rng, 2.0) for _ in range(vocab)]
+        row[label] += sure
+        f.append([number(x) for x in row])
+        r.append([number(float32(x) - normal(rng, spread) - offset) for x in f[-1]])
+    return f, r, labels
+
+
+def case(name: str, responses: list[tuple], beta=0.1, check=0.01, step=0.01, micro_batches=None, **more) -> dict:
+    """An unfinished case of entry logits; `responses`: B chosen, then B rejected."""
+    f, r, labels = (list(x) for x in zip(*responses))
+    return {
+        "entry": "logits", "property": name, **more, "beta": beta, "epsilon_check": check, "epsilon_step": step,
+        "micro_batches": micro_batches or [len(responses) // 2], "labels": labels, "policy_logits": f, "ref_logits": r,
+    }  # fmt: skip
+
+
+def found(make, want=lambda c: True, level: str = "") -> dict:
+    """The first case that `make(rng)` draws that is decided, of the level, and as wanted."""
+    for seed in range(10_000):
+        new = make(random.Random(seed))
+        quick = Oracle().answer(to_arrays(new, "arithmetic"))  # the 60 digits are for those that look right
+        new["expected"] = {k: np.array(v).tolist() for k, v in quick.items() if k not in ("grad", "next_beta")}
+        if want(new) and (new := complete(new)) and want(new) and level in ("", new["level"]):
+            return new
+    raise AssertionError("no such case")
+
+
+def steps(*wanted):
+    return lambda c: c["expected"]["step"] == list(wanted)
+
+
+def token(f: list, r: list, label: int) -> tuple:
+    return [[float(x) for x in f]], [[float(x) for x in r]], [label]
+
+
+def by_hand():
+    up, flat = ([2, 0], [0, 0]), ([1, 1], [1, 1])
+    for chosen, rejected in ((token(*up, 0), token(*up, 1)), (token(*up, 1), token(*up, 0)), (token(*flat, 0), token(*flat, 1))):
+        for epsilon in (0.01, 0.25):
+            yield complete(case("worked by hand", [chosen, rejected], check=epsilon, step=epsilon))
+    three = (token([1, 2, 3], [1, 2, 2], 2), token([0, 0, 1], [1, 0, 0], 0), token([3, 1, 0], [0, 1, 3], 1), token([1, 0, 0], [0, 0, 0], 0))
+    yield complete(case("worked by hand", list(three), beta=0.5, check=0.1, step=0.2))
+
+
+def at_the_reference():
+    for seed, (pairs, length, vocab, spread) in enumerate([(1, 1, 2, 1), (2, 3, 5, 1), (3, 4, 9, 10), (1, 40, 4, 3)]):
+        rng = random.Random(seed)
+        responses = [draw(rng, length, vocab, 0.0, sure=spread) for _ in range(2 * pairs)]
+        yield complete(case("at the reference", [(f, f, y) for f, _, y in responses], beta=0.05))
+
+
+def branches():
+    for i, wanted in enumerate([(1,), (-1,), (0,), (1, -1), (0, 1, -1), (-1, -1, 1, 0), (1, 1, 1), (-1, 0)]):
+        for epsilon in (0.05, 0.6):
+            def make(rng, n=len(wanted), epsilon=epsilon):
+                return case("branches", [draw(rng, rng.randint(1, 3), 4, 1.5) for _ in range(2 * n)], 0.2, epsilon, epsilon / 2)
+
+            if epsilon > 0.1 or 0 not in wanted:
+                yield found(make, steps(*wanted), "method")
+
+
+def swapped():
+    for seed in range(4):
+        def make(rng, seed=seed):
+            rng.seed(1000 * seed + rng.randrange(1000))
+            return case("swapped", [draw(rng, rng.randint(1, 4), 5, 1.0) for _ in range(2)], 0.1, 0.1, 0.1)
+
+        straight = found(make, lambda c: c["expected"]["step"] != [0], "method")
+        yield straight
+        back = {k: straight[k][::-1] for k in ("labels", "policy_logits", "ref_logits")}
+        yield complete(straight | back)
+
+
+def not_monotone():
+    for sign in (1, -1):
+        for epsilon in (0.3, 0.9):
+            for pairs in (1, 2):
+                def make(rng, epsilon=epsilon, pairs=pairs):
+                    return case("not monotone", [draw(rng, 2, 4, 2.0) for _ in range(2 * pairs)], 0.1, epsilon, 0.05)
+
+                def want(c, sign=sign):
+                    deltas = c["expected"]["delta_minus"] + c["expected"]["delta_plus"]
+                    return all(sign * x > 1e-3 for x in deltas)
+
+                yield found(make, want, "method")
+
+
+def ties():
+    for seed in range(3):  # equal responses: the same logits and labels
+        rng = random.Random(seed)
+        pairs = [draw(rng, 3, 5, 1.0) for _ in range(2)]
+        yield complete(case("ties", pairs + pairs, check=0.2, step=0.1))
+    for offset in (0.5, -3.0, 64.0):  # logits that differ by a constant alone, in eighths: float32 sees it exactly
+        for epsilon in (0.01, 0.3):
+            rng = random.Random(int(offset * 8))
+            rows = [[[rng.randrange(-40, 40) / 8 for _ in range(5)] for _ in range(2)] for _ in range(4)]
+            responses = [(f, [[x - offset for x in t] for t in f], [rng.randrange(5) for _ in f]) for f in rows]
+            yield complete(case("ties", responses, check=epsilon, step=0.1))
+
+
+def two_epsilons():
+    for check, step in [(0.3, 0.01), (0.01, 0.3), (0.0, 0.2), (0.9, 0.5), (0.5, 0.0)]:
+        for pairs in (1, 3):
+            def make(rng, check=check, step=step, pairs=pairs):
+                return case("two epsilons", [draw(rng, 2, 5, 2.0) for _ in range(2 * pairs)], 0.1, check, step)
+
+            yield found(make, lambda c, check=check: check == 0 or any(c["expected"]["step"]), "method")
+
+    def unlike(rng):  # the two ε give different steps
+        return case("two epsilons", [draw(rng, 2, 4, 2.0) for _ in range(2)], 0.1, 0.9, 0.05)
+
+    def want(c):
+        other = complete(c | {"epsilon_check": 0.05})
+        return other and other["level"] == "method" and other["expected"]["step"] != c["expected"]["step"]
+
+    yield found(unlike, want, "method")
+
+
+def plain_dpo():
+    for beta, spread in [(0.1, 1.0), (0.01, 1.0), (2.0, 3.0), (0.5, 0.1)]:
+        def make(rng, beta=beta, spread=spread):
+            return case("plain DPO", [draw(rng, rng.randint(1, 3), 5, spread) for _ in range(4)], beta, 0.1, 0.0)
+
+        yield found(make, lambda c: any(c["expected"]["step"]), "method")
+
+
+def lengths():
+    for shape in [(1, 5), (5, 1), (2, 12), (1, 40), (60, 55), (1, 300), (250, 300)]:
+        def make(rng, shape=shape):
+            return case("lengths", [draw(rng, n, 4, 1.0) for n in shape], 0.02, 0.05, 0.05)
+
+        yield found(make, level="method" if sum(shape) < 400 else "")
+    for seed in range(6):  # the mean and the sum disagree about the step
+        def make(rng, seed=seed):
+            rng.seed(1000 * seed + rng.randrange(1000))
+            return case("lengths", [draw(rng, n, 4, 1.0) for n in (2, 3 + seed, 7, 4)], 0.1, 0.05, 0.05)
+
+        yield found(make, lambda c: fails(c, "delta_token_mean") and fails(c, "padding_counted"), "method")
+    for name in ("first_token_lost", "last_token_lost"):
+        yield found(make, lambda c, name=name: fails(c, name), "method")
+
+
+def batch():
+    def make(rng):
+        return case("batch", [draw(rng, rng.randint(1, 4), 5, 1.0) for _ in range(8)], 0.1, 0.2, 0.1)
+
+    whole = found(make, lambda c: len(set(c["expected"]["step"])) > 1, "method")
+    yield whole
+    for order in ([3, 2, 1, 0], [2, 0, 3, 1], [0], [1, 2], [3, 3, 0]):
+        index = [*order, *(4 + i for i in order)]
+        chosen = {k: [whole[k][i] for i in index] for k in ("labels", "policy_logits", "ref_logits")}
+        yield complete(whole | chosen | {"micro_batches": [len(order)]})
+
+
+def micro_batches():
+    for step in (0.01, 0.2):
+        for sizes in ([3], [2, 1], [1, 1, 1], [4, 1, 2], [1, 6]):
+            def make(rng, sizes=sizes, step=step):
+                return case("micro-batches", [draw(rng, 2, 4, 2.0) for _ in range(2 * sum(sizes))], 0.1, 0.3, step, sizes)
+
+            yield found(make, lambda c: len(set(c["expected"]["step"])) > 1 and c["expected"]["step"][-1] < 1, "method")
+
+    def uneven(rng):
+        return case("micro-batches", [draw(rng, 1, 4, 2.0) for _ in range(6)], 0.1, 0.05, 0.01, [2, 1])
+
+    yield found(uneven, steps(1, 1, -1), "method")  # next β 0.0996766343; the mean of the two means is 0.10001
+
+    def small(rng):
+        return case("micro-batches", [draw(rng, 1, 4, 2.0) for _ in range(4)], 0.1, 0.05, 0.001)
+
+    yield found(small, steps(1, 1), "method")
+
+
+def large_vocabulary():
+    for spread in (1e-4, 0.1, 2.0):
+        def make(rng, spread=spread):
+            return case("large vocabulary", [draw(rng, 1, 600, spread) for _ in range(2)], 0.1, 0.01, 0.01)
+
+        yield found(make)
+
+
+def sums():
+    def make(rng, pairs, epsilon, sizes=None):
+        def column(scale):
+            return [round(scale * normal(rng) * 64) / 64 for _ in range(2 * pairs)]
+
+        logp = [x - 40 for x in column(8.0)]
+        return {
+            "entry": "sums", "property": "sums", "beta": 0.1, "epsilon_check": 0.01, "epsilon_step": epsilon,
+            "micro_batches": sizes or [pairs], "logp": logp, "ref_logp": [a + b for a, b in zip(logp, column(4.0))],
+            "delta_minus": column(1.0), "delta_plus": column(1.0),
+        }  # fmt: skip
+
+    for wanted in [(1,), (-1,), (0,), (1, -1, 0), (0, 0, 1, -1, 1)]:
+        for epsilon in (0.01, 0.3):
+            yield found(lambda rng, n=len(wanted), e=epsilon: make(rng, n, e), steps(*wanted))
+    yield found(lambda rng: make(rng, 3, 0.01, [2, 1]), steps(1, 1, -1))
+    yield found(lambda rng: make(rng, 5, 0.1, [1, 4]), lambda c: len(set(c["expected"]["step"])) == 3)
+    yield found(lambda rng: make(rng, 3, 0.0), lambda c: any(c["expected"]["step"]))
+    rng = random.Random(0)
+    ties = make(rng, 6, 0.1)
+    ties |= {"delta_minus": [1, -1, 0, 0, 2, 0] + [0, 0, 0, 0, 2, 0], "delta_plus": [0, 0, 1, -1, -1, 0] + [0] * 6}
+    yield complete(ties)
+    yield complete(make(rng, 2, 0.1) | {"logp": [-10.0, -9e3, -9.0, -10.0], "ref_logp": [-12.0, -10.0, -9.0, -9e3]})
+    tiny = make(rng, 2, 0.1) | {"delta_minus": [1e-30, -1e-30, 0, 0], "delta_plus": [-1e-30, 1e-30, 0, 0]}
+    yield complete(tiny)
+
+
+def packed():
+    def make(rng, pairs=1, spread=1.0, sizes=None):
+        vocab, lengths = 5, [[rng.randint(1, 3) for _ in range(3)] for _ in range(pairs)]
+        width = max(map(sum, lengths)) + 1
+        row = {k: [] for k in ("tokens", "positions", "segments")}
+        links, logits = [], []
+        for i, (p, c, r) in enumerate(lengths):
+            pad = width - p - c - r
+            row["tokens"].append([rng.randrange(vocab) for _ in range(p + c + r)] + [0] * pad)
+            row["positions"].append([*range(p + c), *range(p, p + r), *range(pad)])
+            row["segments"].append([0] * p + [1] * c + [2] * r + [-1] * pad)
+            for start, n, owner in ((p, c, i), (p + c, r, pairs + i)):
+                sources = [p - 1, *range(start, start + n - 1)]
+                links += [(i * width + s, row["tokens"][i][start + j], owner) for j, s in enumerate(sources)]
+            logits.append(draw(rng, width, vocab, spread)[:2])
+        source, label, owner = (list(x) for x in zip(*links))
+        return {
+            "entry": "packed", "property": "packed rows", "beta": 0.1, "epsilon_check": 0.1, "epsilon_step": 0.1,
+            "micro_batches": sizes or [pairs], **row, "source": source, "label": label, "owner": owner,
+            "policy_logits": [f for f, _ in logits], "ref_logits": [r for _, r in logits],
+        }  # fmt: skip
+
+    for pairs in (1, 2, 3):
+        for name in ("not_shifted", "rejected_after_chosen", "padding_counted"):
+            yield found(lambda rng, n=pairs: make(rng, n), lambda c, name=name: fails(c, name), "method")
+    yield found(lambda rng: make(rng, 3, 1.0, [1, 2]), lambda c: len(set(c["expected"]["step"])) > 1, "method")
+    same = make(random.Random(0), 2)
+    yield complete(same | {"ref_logits": same["policy_logits"]})
+    yield found(lambda rng: make(rng, 2, 1e-5))
+
+
+def near():
+    for exponent in range(0, -8, -1):
+        for seed in range(8):
+            def make(rng, scale=10.0**exponent, seed=seed):
+                rng.seed(1000 * seed + rng.randrange(1000))
+                epsilon = 0.01 if seed < 6 else 1e-4
+                responses = [draw(rng, 2, 5, scale) for _ in range(6)]
+                return case("near the reference", responses, 0.1, epsilon, 0.01, scale=scale)
+
+            yield found(make)
+
+
+def offsets():
+    for offset in (3.0, -30.0, 200.0, -1000.0):
+        for spread in (1.0, 1e-2):
+            def make(rng, offset=offset, spread=spread):
+                return case("offsets", [draw(rng, 2, 5, spread, offset) for _ in range(2)], 0.1, 0.05, 0.05)
+
+            yield found(make)
+
+
+def far():
+    for spread, epsilon, sure in [(10, 0.1, 0), (30, 0.9, 0), (100, 0.99, 0), (3, 0.01, 30), (20, 0.3, 60), (1, 0.5, 25)]:
+        for seed in range(2):
+            def make(rng, spread=spread, epsilon=epsilon, sure=sure, seed=seed):
+                rng.seed(1000 * seed + rng.randrange(1000))
+                return case("far from the reference", [draw(rng, 2, 4, spread, 0, sure) for _ in range(2)], 0.1, epsilon, 0.1)
+
+            yield found(make)
+    opposite = [
+        ([0, -30], [0, -60], 0, 0.1), ([0, 99, 0], [0, 0, 0], 0, 0.99), ([0, -99, 0], [0, 0, 0], 0, 0.99),
+        ([-40, 0, 0.5], [40, 0, 0], 0, 0.99), ([0, -200], [0, -900], 0, 0.3), ([0, -200], [-900, 0], 1, 0.3),
+        ([1e4, 0], [-1e4, 0], 0, 0.1), ([1e4, 0], [-1e4, 0], 1, 0.1), ([0, -800], [0, -1700], 0, 0.99),
+    ]  # fmt: skip
+    for f, r, label, epsilon in opposite:
+        plain = token([0.5] + [0] * (len(f) - 1), [0] * len(f), 1 - min(label, 1))
+        for pair in ([token(f, r, label), plain], [plain, token(f, r, label)]):
+            new = complete(case("far from the reference", pair, 0.01, epsilon, 0.1))
+            if new:
+                yield new
+
+
+def fails(c: dict, mistake: str) -> bool:
+    c = c if "floor" in c else complete(c)
+    return bool(c) and bool(complaints(c, MISTAKES[mistake]().answer(to_arrays(c, "arithmetic")), "arithmetic"))
+
+
+def all_cases() -> list[dict]:
+    made = [
+        *by_hand(), *at_the_reference(), *branches(), *swapped(), *not_monotone(), *ties(), *two_epsilons(), *plain_dpo(),
+        *lengths(), *batch(), *micro_batches(), *large_vocabulary(), *sums(), *packed(), *near(), *offsets(), *far(),
+    ]  # fmt: skip
+    names, cases = {}, []
+    for c in made:
+        names[c["property"]] = names.get(c["property"], -1) + 1
+        flags = [name for name in MISTAKES if fails(c, name)]
+        head = {"id": f"{c['property']} {names[c['property']]}", "entry": c["entry"], "property": c["property"], "level": c["level"]}
+        c = head | {"flags": flags} | {k: v for k, v in c.items() if k not in head}
+        size = sum(len(t) for r in c.get("policy_logits", []) for t in r)
+        if "grad" in c["expected"]:
+            grad = [[[float(f"{x:.6g}") for x in t] for t in r] for r in c["expected"].pop("grad")]
+            c["expected"] |= {"grad": grad} if size <= 40 else {}
+        cases.append(c)
+    return cases
+
+
+def head() -> dict:
+    flags = {name: " ".join(m.__doc__.split()) for name, m in MISTAKES.items()}
+    return {
+        "format": "epsdpo-cases", "version": 1, "answer": ANSWER,
+        "fields": FIELDS, "properties": PROPERTIES, "flags": flags,
+    }  # fmt: skip
+
+
+def lines() -> list[str]:
+    return [json.dumps(x, ensure_ascii=False, allow_nan=False) for x in (head(), *all_cases())]
+
+
+def read(path: Path = FILE) -> list[dict]:
+    """The cases of a file, without its head."""
+    first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if (first.get("format"), first.get("version")) != ("epsdpo-cases", 1):
+        raise ValueError(f"{path}: a case file of version 1 expected, its first line begins with {str(first)[:60]}")
+    return rest
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    print("\n".join(lines()))
