@@ -63,8 +63,10 @@ def row_length(pair: Pair) -> int:
 
 
 def collate(pairs: Sequence[Pair]) -> Batch:
-    """Pairs as one Batch. Pads, at the right, carry token 0: masks come from `segments`, never from ids."""
-    size, width = len(pairs), max(map(row_length, pairs))
+    """Pairs as one Batch. Pads, at the right, carry token 0: masks come from `segments`, never from ids.
+
+    No pairs make an empty batch: a process without work still does its forward pass beside the others."""
+    size, width = len(pairs), max(map(row_length, pairs), default=1)
     tokens, positions = np.zeros((2, size, width), np.int64)
     segments = np.full((size, width), -1)
     source = np.arange(-1, size * width - 1).reshape(size, width)  # a token is predicted by the one before it,

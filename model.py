@@ -61,8 +61,8 @@ OFF = ("None", "False", "[]", "{}")
 # Keys that cannot change the numbers of a forward pass without dropout, like `_…`, `…_token_id` and `…dropout`:
 HARMLESS = """architectures transformers_version auto_map dtype torch_dtype initializer_range use_cache id2label
 label2id num_labels task_specific_params return_dict resid_pdrop embd_pdrop is_decoder is_llama_config
-transformers.js_config unsloth_fixed model_max_length max_sequence_length max_length min_length do_sample temperature top_k
-top_p num_beams num_return_sequences repetition_penalty diversity_penalty length_penalty""".split()
+transformers.js_config unsloth_fixed model_max_length max_sequence_length max_length min_length do_sample temperature
+top_k top_p num_beams num_return_sequences repetition_penalty diversity_penalty length_penalty""".split()
 # Any other key must be off (null, false or empty) or text, and these neutral:
 NEUTRAL = {"partial_rotary_factor": (None, 1), "pretraining_tp": (None, 1), "logit_scale": (None, 1)}
 NEUTRAL |= {"hidden_activation": (None, "silu"), "position_embedding_type": (None, "rope", "rotary")}
@@ -191,11 +191,9 @@ class Entry(NamedTuple):
 
     def read(self) -> Tensor:
         """A private, writable copy (an optimizer that steps on a read-only map ends the process with SIGSEGV)."""
-        if 0 in self.shape:
-            return torch.empty(0, dtype=self.dtype).reshape(self.shape)
-        shape = (math.prod(self.shape) * self.dtype.itemsize,)  # bytes, for numpy has no bf16
-        data = np.memmap(self.path, np.uint8, "r", self.start, shape)  # a map per tensor: it leaves memory at once
-        return torch.from_numpy(np.array(data)).view(self.dtype).reshape(self.shape)
+        size = math.prod(self.shape) * self.dtype.itemsize  # bytes, for numpy has no bf16
+        data = torch.from_numpy(np.fromfile(self.path, np.uint8, size, offset=self.start))
+        return (data.view(self.dtype) if size else torch.empty(0, dtype=self.dtype)).reshape(self.shape)
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Entry]:
@@ -348,7 +346,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a mean of squares wants float32
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -454,7 +452,7 @@ class GPT(nn.Module):
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, eos=(), generator=None
     ) -> list[list[int]]:
         """The new tokens of each prompt, to an `eos`, itself included; greedy at temperature 0, else by `generator`."""
-        if not prompts or not all(prompts) or max_new_tokens < 1 or temperature < 0:
+        if not prompts or not all(prompts) or max_new_tokens < 1 or not temperature >= 0:
             raise ValueError("generate needs prompts that are not empty, max_new_tokens from 1 and temperature from 0")
         ends, length = {eos} if isinstance(eos, int) else set(eos or ()), max(map(len, prompts))
         pads, device = [length - len(prompt) for prompt in prompts], self.lm_head.weight.device
@@ -465,9 +463,9 @@ class GPT(nn.Module):
             positions = (segments == 0).cumsum(1) - 1
             last = torch.arange(1, len(prompts) + 1, device=device) * tokens.shape[1] - 1
             logits = self(tokens, positions, segments, last, F.linear, cache).float()  # (B, V)
-            tokens = logits.argmax(-1, keepdim=True)
+            top, tokens = logits.max(-1, keepdim=True)
             if temperature > 0:
-                tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                tokens = torch.multinomial(((logits - top) / temperature).softmax(-1), 1, generator=generator)
             for out, token in zip(new, tokens[:, 0].tolist()):
                 out += [token] if not out or out[-1] not in ends else []
             if len(max(new, key=len)) == max_new_tokens or all(out[-1] in ends for out in new):

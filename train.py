@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -31,7 +32,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import toy
@@ -198,7 +205,21 @@ def totals(out: EpsDPOLoss, chosen: TokenStats, rejected: TokenStats, batch: Bat
 
 
 def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shard(model: GPT) -> GPT:
+    """Spread a model over all processes with FSDP2, one group a layer.
+
+    The root group holds what the head needs. It stays whole after a forward, because the reference's output matrix is
+    used in the policy's head.
+    """
+    if rank_and_world()[1] > 1:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model, reshard_after_forward=False)
+    return model
 
 
 def my_share(pairs: Sequence[Pair], micro_tokens: int) -> list[list[Pair]]:
@@ -288,8 +309,6 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         differ = [name for name, value in who.items() if state["identity"].get(name) != value]
         weights, moments, lines = state["weights"], state["moments"], json.loads(state["metrics"])
-    except FileNotFoundError:
-        raise ValueError(f"--resume: {path} does not exist: the run in {out} saved none (--save-every)") from None
     except Exception as e:  # torch.load fails in many ways on what is no checkpoint
         raise ValueError(f"{path}: not a checkpoint of this program: {type(e).__name__}: {e}") from e
     if differ:
@@ -304,8 +323,12 @@ def claim(out: Path, flags: Flags) -> None:
     toy_default = not flags.out and not flags.model
     made_by = json.loads((out / "flags.json").read_text())["model"] if (out / "flags.json").exists() else ""
     held = [name for name in ("metrics.jsonl", "checkpoint.pt", "model") if (out / name).exists()]
+    if flags.resume and not (out / "flags.json").exists():
+        raise ValueError(f"--resume: {out} holds no run to go on with")
     if held and not (flags.resume or flags.overwrite or (toy_default and made_by == "")):
         raise ValueError(f"--out {out}: holds a run ({', '.join(held)}): --resume goes on, --overwrite replaces it")
+    if rank_and_world()[0] != 0:
+        return
     out.mkdir(parents=True, exist_ok=True)
     if not flags.resume:
         for name in held:
@@ -356,7 +379,7 @@ def train(
     steps_per_epoch = math.ceil(len(pairs) / flags.batch_size)
     steps = flags.steps or flags.epochs * steps_per_epoch
     done, saved, lines, who = 0, 0, [], identity(flags, [*pairs, *eval_pairs]) if out else {}
-    if out and flags.resume:
+    if out and flags.resume and (out / "checkpoint.pt").exists():  # else it was killed before its first one
         done, lines = load_checkpoint(out, policy, optimizer, method, who)
         saved = done
     file = None
@@ -458,6 +481,8 @@ def toy_job(flags: Flags, device: torch.device) -> None:
     claim(out, flags)
     world = toy.World(flags.seed)
     torch.manual_seed(flags.seed)
+    if rank_and_world()[1] > 1:
+        raise ValueError("the toy is one process's work: without --model, start `python train.py` plainly")
     reference = GPT(Config(**TOY_MODEL)).to(device)
     distance = toy.fit_reference(reference, world, seed=flags.seed)
     print(
@@ -520,7 +545,7 @@ def real_job(flags: Flags, device: torch.device) -> None:
         print(f"held out: {held} of them, {len(pairs):,} to train on")
     if not pairs:
         raise ValueError(f"--data {' '.join(flags.data)}: no pair is left to train on")
-    policy, reference = (GPT.from_pretrained(folder).to(device) for _ in range(2))
+    policy, reference = (shard(GPT.from_pretrained(folder).to(device)) for _ in range(2))
     print(forecast(policy, pairs, flags))
     shown = eval_pairs[: flags.samples] if rank_and_world()[1] == 1 and tokenizer else []
     before = answers(policy, shown)
@@ -570,7 +595,12 @@ def answers(policy: GPT, pairs: Sequence[Pair]) -> list[list[int]]:
 
 def leave_results(policy: GPT, lines: list[dict[str, float]], out: Path) -> None:
     """The final model as a folder that transformers loads, and a figure of the run where matplotlib is installed."""
-    policy.save_pretrained(out / "model")
+    weights = get_model_state_dict(policy, options=WHOLE)
+    if rank_and_world()[0] != 0:
+        return
+    whole = GPT(policy.config)
+    whole.load_state_dict(weights)
+    whole.save_pretrained(out / "model", source=policy.source)
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
 
@@ -603,6 +633,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if name.startswith("mps"):
             raise ValueError("--device mps: it has no float64, which the sums over responses need; use cpu")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            if name == "cuda":
+                name = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(name)
+            if rank_and_world()[0] != 0:
+                sys.stdout = open(os.devnull, "w")
         (real_job if flags.model else toy_job)(flags, torch.device(name))
         return 0
     except (ValueError, OSError) as e:
@@ -611,6 +648,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         print(f"train.py: {e or 'stopped at once'}", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -132,7 +132,9 @@ def write_checkpoint(folder: Path, content: dict, seed: int = 0) -> Path:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
-    save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors", {"format": "pt"}
+    )
     return folder
 
 

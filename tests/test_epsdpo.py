@@ -49,9 +49,7 @@ def exact_token(f, f_ref, label: int, epsilon: float) -> dict[str, mpmath.mpf]:
         p = [mpmath.exp(x) for x in log_p]
         d = [a - b for a, b in zip(f, f_ref)]
         u = [x - d[label] for x in d]
-        spread = max(
-            total(a * abs(mpmath.expm1(s * x)) for a, x in zip(p, u)) for s in (eps, -eps)
-        )  # E_p|expm1(±εu)|
+        spread = max(total(a * abs(mpmath.expm1(s * x)) for a, x in zip(p, u)) for s in (eps, -eps))  # E_p|expm1(±εu)|
         size, u_mean = max(abs(x) for x in u), total(a * abs(x) for a, x in zip(p, u))
         if eps * size < 1:
             d_mean = total(a * abs(x) for a, x in zip(p, d))
@@ -379,7 +377,9 @@ def test_float16_and_bfloat16_logits_are_cast_up_first():
     f, f_ref, labels = random_logits(3, (5, 9), 0.3)
     for dtype in (torch.float16, torch.bfloat16):
         low, low_ref = f.to(dtype), f_ref.to(dtype)
-        for a, b in zip(token_stats(low, low_ref, labels, 0.01), token_stats(low.float(), low_ref.float(), labels, 0.01)):
+        for a, b in zip(
+            token_stats(low, low_ref, labels, 0.01), token_stats(low.float(), low_ref.float(), labels, 0.01)
+        ):
             assert torch.equal(a, b) and a.dtype == b.dtype
 
 
@@ -514,12 +514,17 @@ def test_only_logp_carries_gradient_and_sums_are_float64():
         assert torch.autograd.grad(total.logp.sum(), [ref_hidden, ref_weight], allow_unused=True) == (None, None)
 
 
-@pytest.mark.parametrize("hidden_dtype, weight_dtype", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2])
+@pytest.mark.parametrize(
+    "hidden_dtype, weight_dtype", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2]
+)
 def test_the_head_is_float32_under_autocast_forward_and_backward(hidden_dtype, weight_dtype):
     """Small integers: the float32 products are exact in any order, and rounding them to bf16 would show."""
     g = torch.Generator().manual_seed(0)
     integers = lambda *shape: torch.randint(-9, 10, shape, generator=g)  # noqa: E731
-    hidden, weight = integers(12, 40).to(getattr(torch, hidden_dtype)), integers(30, 40).to(getattr(torch, weight_dtype))
+    hidden, weight = (
+        integers(12, 40).to(getattr(torch, hidden_dtype)),
+        integers(30, 40).to(getattr(torch, weight_dtype)),
+    )
     ref_hidden, ref_weight = hidden.clone(), weight.clone()
     ref_weight[:, 0] += 1
     labels = torch.randint(30, (12,), generator=g)
@@ -632,7 +637,9 @@ def test_gradient_is_dpos_at_beta_tilde_in_closed_form(seed, beta, epsilon_step)
 def test_loss_is_the_mean_negative_log_sigmoid(numbers, beta, epsilon_step):
     a, b, c, d = numbers
     for delta, beta_tilde in ((1.0, beta / (1 + epsilon_step)), (0.0, beta), (-1.0, beta / (1 - epsilon_step))):
-        out = epsdpo_loss(sums([a, 0.0], [b, 0.0], [delta, 0.0], [-delta, 0.0]), sums([c, 0.0], [d, 0.0]), beta, epsilon_step)
+        out = epsdpo_loss(
+            sums([a, 0.0], [b, 0.0], [delta, 0.0], [-delta, 0.0]), sums([c, 0.0], [d, 0.0]), beta, epsilon_step
+        )
         margin = (a - b) - (c - d)
         x = mpmath.mpf(beta_tilde) * margin
         assert out.margin[0].item() == pytest.approx(margin, abs=1e-12)
@@ -645,7 +652,9 @@ def test_loss_is_the_mean_negative_log_sigmoid(numbers, beta, epsilon_step):
 def test_dtypes_and_gradient_of_the_loss():
     logp = torch.tensor([-1.0, -2.0], requires_grad=True)  # float32 sums are lifted to float64
     chosen = TokenStats(logp, logp.detach() - 1, *(torch.tensor([1.0, -1.0]) * s for s in (1, -1)), torch.zeros(2))
-    out = epsdpo_loss(chosen, chosen._replace(logp=logp * 2, delta_minus=torch.zeros(2), delta_plus=torch.zeros(2)), 0.1, 0.01)
+    out = epsdpo_loss(
+        chosen, chosen._replace(logp=logp * 2, delta_minus=torch.zeros(2), delta_plus=torch.zeros(2)), 0.1, 0.01
+    )
     assert [x.requires_grad for x in out] == [True, True, False, False, False, False]
     assert [x.dtype for x in out] == [torch.float64] * 3 + [torch.int64, torch.float64, torch.bool]
     assert out.loss.shape == () and all(x.shape == (2,) for x in out[1:])
@@ -803,17 +812,29 @@ def linear_with(i: int, value) -> tuple:
         (lambda: token_stats(F3, F3_REF, Y3[:2], 0.1), r"expected, found \(3, 4\), \(3, 4\) and \(2,\)"),
         (lambda: token_stats(torch.zeros(()), torch.zeros(()), Y3[:0], 0.1), r"expected, found \(\), \(\)"),
         (lambda: token_stats(F3.long(), F3_REF, Y3, 0.1), "floating dtype expected, found torch.int64"),
-        (lambda: token_stats(F3, F3_REF.long(), Y3, 0.1), "floating dtype expected, found torch.float32 and torch.int64"),
+        (
+            lambda: token_stats(F3, F3_REF.long(), Y3, 0.1),
+            "floating dtype expected, found torch.float32 and torch.int64",
+        ),
         (lambda: token_stats(F3, F3_REF, Y3.int(), 0.1), "labels of dtype int64 expected, found torch.int32"),
         (lambda: token_stats(F3, F3_REF, Y3 + 4, 0.1), "labels from 4 to 4: outside the vocabulary of 4"),
-        (lambda: token_stats(F3, F3_REF, torch.tensor([0, -1, 3]), 0.1), "labels from -1 to 3: outside the vocabulary of 4"),
-        (lambda: token_stats(F3, F3_REF, torch.tensor([0, 4, 3]), 0.1), "labels from 0 to 4: outside the vocabulary of 4"),
+        (
+            lambda: token_stats(F3, F3_REF, torch.tensor([0, -1, 3]), 0.1),
+            "labels from -1 to 3: outside the vocabulary of 4",
+        ),
+        (
+            lambda: token_stats(F3, F3_REF, torch.tensor([0, 4, 3]), 0.1),
+            "labels from 0 to 4: outside the vocabulary of 4",
+        ),
         (lambda: token_stats(F3, F3_REF, Y3, 1.0), r"epsilon_check 1.0: a number in \[0, 1\) expected"),
         (lambda: token_stats(F3, F3_REF, Y3, -0.01), r"epsilon_check -0.01: a number in \[0, 1\) expected"),
         (lambda: token_stats(F3, F3_REF, Y3, math.nan), r"epsilon_check nan: a number in \[0, 1\) expected"),
         (lambda: epsdpo.token_stats_by_definition(F3, F3_REF, Y3, 1.0), r"epsilon_check 1.0"),
         (lambda: epsdpo.token_stats_by_definition(F3, F3_REF, Y3[:2], 0.1), r"expected, found"),
-        (lambda: epsdpo.linear_token_stats(*linear_with(0, torch.zeros(3, 3)), 0.1), r"found \(3, 3\), \(3, 5\), \(4, 2\)"),
+        (
+            lambda: epsdpo.linear_token_stats(*linear_with(0, torch.zeros(3, 3)), 0.1),
+            r"found \(3, 3\), \(3, 5\), \(4, 2\)",
+        ),
         (lambda: epsdpo.linear_token_stats(*linear_with(0, torch.zeros(2, 2)), 0.1), r"expected, found \(2, 2\)"),
         (lambda: epsdpo.linear_token_stats(*linear_with(0, torch.zeros(3)), 0.1), r"expected, found \(3,\)"),
         (lambda: epsdpo.linear_token_stats(*linear_with(1, torch.zeros(6, 2)), 0.1), r"\(6, 2\), \(4, 5\)"),
@@ -821,19 +842,37 @@ def linear_with(i: int, value) -> tuple:
         (lambda: epsdpo.linear_token_stats(*linear_with(3, torch.zeros(4, 2)), 0.1), r"\(4, 2\), \(4, 2\)"),
         (lambda: epsdpo.linear_token_stats(*linear_with(4, Y3[:2]), 0.1), r"\(2,\) and 256"),
         (lambda: epsdpo.linear_token_stats(*LINEAR, 0.1, chunk_size=0), r"\(3,\) and 0"),
-        (lambda: epsdpo.linear_token_stats(*linear_with(4, Y3 + 4), 0.1), "labels from 4 to 4: outside the vocabulary of 4"),
+        (
+            lambda: epsdpo.linear_token_stats(*linear_with(4, Y3 + 4), 0.1),
+            "labels from 4 to 4: outside the vocabulary of 4",
+        ),
         (lambda: epsdpo.linear_token_stats(*linear_with(4, Y3.int()), 0.1), "labels of dtype int64 expected"),
         (lambda: epsdpo.linear_token_stats(*LINEAR, 1.5), r"epsilon_check 1.5: a number in \[0, 1\) expected"),
-        (lambda: beta_steps(torch.zeros(2), torch.zeros(3)), r"delta_minus \(2,\) and delta_plus \(3,\) differ in shape"),
+        (
+            lambda: beta_steps(torch.zeros(2), torch.zeros(3)),
+            r"delta_minus \(2,\) and delta_plus \(3,\) differ in shape",
+        ),
         (lambda: beta_steps(torch.tensor([math.nan]), torch.zeros(1)), "must be finite"),
         (lambda: beta_steps(torch.zeros(2), torch.tensor([0.0, math.inf])), "must be finite"),
-        (lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0, 0.0], 0.0), 0.1, 0.1), r"one shape \(B,\) expected, found shapes"),
+        (
+            lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0, 0.0], 0.0), 0.1, 0.1),
+            r"one shape \(B,\) expected, found shapes",
+        ),
         (lambda: epsdpo_loss(*[TokenStats(*torch.zeros(5, 2, 3))] * 2, 0.1, 0.1), r"one shape \(B,\) expected, found"),
         (lambda: epsdpo_loss(*[TokenStats(*torch.zeros(5))] * 2, 0.1, 0.1), r"one shape \(B,\) expected, found"),
         (lambda: epsdpo_loss(sums([0.0], 0.0, [math.nan]), sums([0.0], 0.0), 0.1, 0.1), "must be finite"),
-        (lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0], 0.0), 0.0, 0.1), "beta 0.0: a finite number above 0 expected"),
-        (lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0], 0.0), 0.1, 0.51), r"epsilon_step 0.51: a number in \[0, 0.5\]"),
-        (lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0], 0.0), 0.1, -0.1), r"epsilon_step -0.1: a number in \[0, 0.5\]"),
+        (
+            lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0], 0.0), 0.0, 0.1),
+            "beta 0.0: a finite number above 0 expected",
+        ),
+        (
+            lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0], 0.0), 0.1, 0.51),
+            r"epsilon_step 0.51: a number in \[0, 0.5\]",
+        ),
+        (
+            lambda: epsdpo_loss(sums([0.0], 0.0), sums([0.0], 0.0), 0.1, -0.1),
+            r"epsilon_step -0.1: a number in \[0, 0.5\]",
+        ),
         (lambda: next_beta(0.0, 1, 1, 1, 0.1), "beta 0.0: a finite number above 0 expected"),
         (lambda: next_beta(-0.1, 1, 1, 1, 0.1), "beta -0.1: a finite number above 0 expected"),
         (lambda: next_beta(math.inf, 1, 1, 1, 0.1), "beta inf: a finite number above 0 expected"),

@@ -12,11 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.checkpoints import ALTERNATE, FAMILIES, LLAMA3, SMALL, VARIANTS, fields, oracle, write_checkpoint, write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import GPT, INDEX, KEYS, SINGLE, Config, load_safetensors, rope, rotate, save_safetensors, visible
+from tests.checkpoints import (
+    ALTERNATE,
+    FAMILIES,
+    LLAMA3,
+    SMALL,
+    VARIANTS,
+    fields,
+    oracle,
+    write_checkpoint,
+    write_config,
+)
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -88,6 +98,17 @@ def test_windows_matter_in_these_tests(folder_of, own):
     for variant, without in (("mistral-window", {"sliding_window": None}), ("qwen3-window", {"layer_types": None})):
         plain = GPT.from_pretrained(rewrite(own(variant), **without))
         assert far(GPT.from_pretrained(folder_of(variant))(rows()), plain(rows())) > 0.01
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+@torch.no_grad()
+def test_folders_that_transformers_saved(variant, folder_of, tmp_path):
+    wanted = oracle(folder_of(variant))[0]
+    wanted.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / INDEX).exists()
+    model = GPT.from_pretrained(tmp_path)
+    assert model.config == GPT.from_pretrained(folder_of(variant)).config
+    assert far(model(rows()), wanted(rows()).logits) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -250,7 +271,9 @@ def test_rope_numbers():
         return torch.atan2(sin, cos).flatten().tolist()
 
     assert frequencies() == pytest.approx([1, 0.1, 0.01, 0.001], rel=1e-6)
-    assert frequencies(rope_scaling={"type": "linear", "factor": 2}) == pytest.approx([0.5, 0.05, 0.005, 0.0005], rel=1e-6)
+    assert frequencies(rope_scaling={"type": "linear", "factor": 2}) == pytest.approx(
+        [0.5, 0.05, 0.005, 0.0005], rel=1e-6
+    )
     scaled = frequencies(rope_scaling={"rope_type": "llama3"} | LLAMA3)
     assert scaled == pytest.approx([1, 0.0130422562, 0.00125, 0.000125], rel=1e-6)
 
@@ -268,6 +291,22 @@ def test_angles_against_float64(half, theta, position):
     tolerance = 1e-6 + 3e-7 * position  # an angle of `position` radians in float32
     assert np.allclose(cos.flatten(), np.cos(angles), atol=tolerance)
     assert np.allclose(sin.flatten(), np.sin(angles), atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_rounded_models_in_every_family(variant, dtype, folder_of):
+    """Forward and backward run, and stay near the float32 model."""
+    packed, _ = pair_row()
+    exact = GPT.from_pretrained(folder_of(variant))
+    wanted = exact(*packed).detach()
+    with torch.autocast("cpu", dtype):
+        found = exact(*packed)
+    found.square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in exact.parameters())
+    rounded = GPT.from_pretrained(folder_of(variant), dtype)(*packed)
+    assert found.dtype == torch.float32 and rounded.dtype == dtype
+    assert far(found, wanted) < 0.1 and far(rounded.float(), wanted) < 0.1
 
 
 @torch.no_grad()
@@ -349,7 +388,9 @@ def test_generate_is_a_function_of_its_generator_and_stops_at_eos(folder_of):
         for out, whole in zip(model.generate(prompts, 12, eos=eos), greedy):
             stops = [i for i, token in enumerate(whole) if token in ([eos] if isinstance(eos, int) else eos)]
             assert out == whole[: stops[0] + 1 if stops else 12]
-    for bad in (([], 3), ([[]], 3), ([[1]], 0), ([[1]], 3, -1.0)):
+    cold = model.generate(prompts, 12, 1e-30, generator=torch.Generator().manual_seed(0))
+    assert cold == greedy  # and no overflow on the way
+    for bad in (([], 3), ([[]], 3), ([[1]], 0), ([[1]], 3, -1.0), ([[1]], 3, float("nan"))):
         with pytest.raises(ValueError, match="generate"):
             model.generate(*bad)
 
@@ -469,6 +510,87 @@ def test_what_is_not_computed_is_refused_by_name(family, changes, named, tmp_pat
     value = next(iter(changes.values()))
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         assert str(value) in str(error.value)
+
+
+# config.json as published with well-known checkpoints, and what must come of them.
+PUBLISHED = {
+    "Llama-3.2-1B": (
+        """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0,
+        "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": true, "vocab_size": 128256}""",
+        {"num_key_value_heads": 8, "tie_word_embeddings": True, "rope_theta": 500000.0},
+    ),
+    "SmolLM2-135M-Instruct": (
+        """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536, "is_llama_config": true, "max_position_embeddings": 8192, "mlp_bias": false,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": false, "rope_scaling": null,
+        "rope_theta": 100000, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.3", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "use_cache": true, "vocab_size": 49152}""",
+        {"head_dim": 64, "rope_scaling": None},
+    ),
+    "Mistral-7B-Instruct-v0.2": (
+        """{"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.36.0", "use_cache": true,
+        "vocab_size": 32000}""",
+        {"windows": [None] * 32, "attention_bias": None},
+    ),
+    "Mistral-7B-v0.1": (
+        """{"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": true, "vocab_size": 32000}""",
+        {"windows": [4096] * 32},
+    ),
+    "Qwen2.5-0.5B-Instruct": (
+        """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
+        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2",
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.1", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+        {"windows": [None] * 24, "head_dim": 64},
+    ),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 1536, "initializer_range": 0.02,
+        "intermediate_size": 8960, "max_position_embeddings": 131072, "max_window_layers": 21, "model_type": "qwen2",
+        "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 10000, "sliding_window": 4096, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "transformers_version": "4.44.0", "use_cache": true, "use_mrope": false, "use_sliding_window": false,
+        "vocab_size": 151936}""",
+        {"windows": [None] * 28},
+    ),
+    "Qwen3-0.6B": (
+        """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+        {"head_dim": 128, "windows": [None] * 28},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_accepted(name, tmp_path):
+    text, wanted = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(text)
+    config = Config.from_json(tmp_path / "config.json")
+    assert {key: getattr(config, key) for key in wanted} == wanted
 
 
 def test_what_changes_no_number_is_accepted(tmp_path):
@@ -739,7 +861,13 @@ def test_saved_folders_load_in_transformers(variant, dtype, folder_of, tmp_path)
         {"model_type": "mistral", "sliding_window": 3},
         {"model_type": "mistral", "sliding_window": None},
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
-        {"model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "layer_types": ALTERNATE, "sliding_window": 3},
+        {
+            "model_type": "qwen3",
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "layer_types": ALTERNATE,
+            "sliding_window": 3,
+        },
     ],
     ids=str,
 )

@@ -229,7 +229,9 @@ def damaged(draw):
     content = bytearray(library.save(tensors, {"k": "v"} if draw(st.booleans()) else None))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(content) - 1))
-        some = draw(st.sampled_from([b"0", b"1", b"-", b".", b"9", b"e", b"[", b"]", b'"', b",", b" ", b"\0", b"F", b"4"]))
+        some = draw(
+            st.sampled_from([b"0", b"1", b"-", b".", b"9", b"e", b"[", b"]", b'"', b",", b" ", b"\0", b"F", b"4"])
+        )
         action = draw(st.sampled_from(["change", "cut", "insert", "drop the end"]))
         if action == "change":
             content[at : at + 1] = some

@@ -123,10 +123,19 @@ def token(f: list, r: list, label: int) -> tuple:
 
 def by_hand():
     up, flat = ([2, 0], [0, 0]), ([1, 1], [1, 1])
-    for chosen, rejected in ((token(*up, 0), token(*up, 1)), (token(*up, 1), token(*up, 0)), (token(*flat, 0), token(*flat, 1))):
+    for chosen, rejected in (
+        (token(*up, 0), token(*up, 1)),
+        (token(*up, 1), token(*up, 0)),
+        (token(*flat, 0), token(*flat, 1)),
+    ):
         for epsilon in (0.01, 0.25):
             yield complete(case("worked by hand", [chosen, rejected], check=epsilon, step=epsilon))
-    three = (token([1, 2, 3], [1, 2, 2], 2), token([0, 0, 1], [1, 0, 0], 0), token([3, 1, 0], [0, 1, 3], 1), token([1, 0, 0], [0, 0, 0], 0))
+    three = (
+        token([1, 2, 3], [1, 2, 2], 2),
+        token([0, 0, 1], [1, 0, 0], 0),
+        token([3, 1, 0], [0, 1, 3], 1),
+        token([1, 0, 0], [0, 0, 0], 0),
+    )
     yield complete(case("worked by hand", list(three), beta=0.5, check=0.1, step=0.2))
 
 
@@ -140,8 +149,11 @@ def at_the_reference():
 def branches():
     for i, wanted in enumerate([(1,), (-1,), (0,), (1, -1), (0, 1, -1), (-1, -1, 1, 0), (1, 1, 1), (-1, 0)]):
         for epsilon in (0.05, 0.6):
+
             def make(rng, n=len(wanted), epsilon=epsilon):
-                return case("branches", [draw(rng, rng.randint(1, 3), 4, 1.5) for _ in range(2 * n)], 0.2, epsilon, epsilon / 2)
+                return case(
+                    "branches", [draw(rng, rng.randint(1, 3), 4, 1.5) for _ in range(2 * n)], 0.2, epsilon, epsilon / 2
+                )
 
             if epsilon > 0.1 or 0 not in wanted:
                 yield found(make, steps(*wanted), "method")
@@ -149,6 +161,7 @@ def branches():
 
 def swapped():
     for seed in range(4):
+
         def make(rng, seed=seed):
             rng.seed(1000 * seed + rng.randrange(1000))
             return case("swapped", [draw(rng, rng.randint(1, 4), 5, 1.0) for _ in range(2)], 0.1, 0.1, 0.1)
@@ -163,6 +176,7 @@ def not_monotone():
     for sign in (1, -1):
         for epsilon in (0.3, 0.9):
             for pairs in (1, 2):
+
                 def make(rng, epsilon=epsilon, pairs=pairs):
                     return case("not monotone", [draw(rng, 2, 4, 2.0) for _ in range(2 * pairs)], 0.1, epsilon, 0.05)
 
@@ -189,6 +203,7 @@ def ties():
 def two_epsilons():
     for check, step in [(0.3, 0.01), (0.01, 0.3), (0.0, 0.2), (0.9, 0.5), (0.5, 0.0)]:
         for pairs in (1, 3):
+
             def make(rng, check=check, step=step, pairs=pairs):
                 return case("two epsilons", [draw(rng, 2, 5, 2.0) for _ in range(2 * pairs)], 0.1, check, step)
 
@@ -206,6 +221,7 @@ def two_epsilons():
 
 def plain_dpo():
     for beta, spread in [(0.1, 1.0), (0.01, 1.0), (2.0, 3.0), (0.5, 0.1)]:
+
         def make(rng, beta=beta, spread=spread):
             return case("plain DPO", [draw(rng, rng.randint(1, 3), 5, spread) for _ in range(4)], beta, 0.1, 0.0)
 
@@ -214,11 +230,13 @@ def plain_dpo():
 
 def lengths():
     for shape in [(1, 5), (5, 1), (2, 12), (1, 40), (60, 55), (1, 300), (250, 300)]:
+
         def make(rng, shape=shape):
             return case("lengths", [draw(rng, n, 4, 1.0) for n in shape], 0.02, 0.05, 0.05)
 
         yield found(make, level="method" if sum(shape) < 400 else "")
     for seed in range(6):  # the mean and the sum disagree about the step
+
         def make(rng, seed=seed):
             rng.seed(1000 * seed + rng.randrange(1000))
             return case("lengths", [draw(rng, n, 4, 1.0) for n in (2, 3 + seed, 7, 4)], 0.1, 0.05, 0.05)
@@ -243,8 +261,11 @@ def batch():
 def micro_batches():
     for step in (0.01, 0.2):
         for sizes in ([3], [2, 1], [1, 1, 1], [4, 1, 2], [1, 6]):
+
             def make(rng, sizes=sizes, step=step):
-                return case("micro-batches", [draw(rng, 2, 4, 2.0) for _ in range(2 * sum(sizes))], 0.1, 0.3, step, sizes)
+                return case(
+                    "micro-batches", [draw(rng, 2, 4, 2.0) for _ in range(2 * sum(sizes))], 0.1, 0.3, step, sizes
+                )
 
             yield found(make, lambda c: len(set(c["expected"]["step"])) > 1 and c["expected"]["step"][-1] < 1, "method")
 
@@ -261,6 +282,7 @@ def micro_batches():
 
 def large_vocabulary():
     for spread in (1e-4, 0.1, 2.0):
+
         def make(rng, spread=spread):
             return case("large vocabulary", [draw(rng, 1, 600, spread) for _ in range(2)], 0.1, 0.01, 0.01)
 
@@ -328,6 +350,7 @@ def packed():
 def near():
     for exponent in range(0, -8, -1):
         for seed in range(8):
+
             def make(rng, scale=10.0**exponent, seed=seed):
                 rng.seed(1000 * seed + rng.randrange(1000))
                 epsilon = 0.01 if seed < 6 else 1e-4
@@ -340,6 +363,7 @@ def near():
 def offsets():
     for offset in (3.0, -30.0, 200.0, -1000.0):
         for spread in (1.0, 1e-2):
+
             def make(rng, offset=offset, spread=spread):
                 return case("offsets", [draw(rng, 2, 5, spread, offset) for _ in range(2)], 0.1, 0.05, 0.05)
 
@@ -347,11 +371,21 @@ def offsets():
 
 
 def far():
-    for spread, epsilon, sure in [(10, 0.1, 0), (30, 0.9, 0), (100, 0.99, 0), (3, 0.01, 30), (20, 0.3, 60), (1, 0.5, 25)]:
+    for spread, epsilon, sure in [
+        (10, 0.1, 0),
+        (30, 0.9, 0),
+        (100, 0.99, 0),
+        (3, 0.01, 30),
+        (20, 0.3, 60),
+        (1, 0.5, 25),
+    ]:
         for seed in range(2):
+
             def make(rng, spread=spread, epsilon=epsilon, sure=sure, seed=seed):
                 rng.seed(1000 * seed + rng.randrange(1000))
-                return case("far from the reference", [draw(rng, 2, 4, spread, 0, sure) for _ in range(2)], 0.1, epsilon, 0.1)
+                return case(
+                    "far from the reference", [draw(rng, 2, 4, spread, 0, sure) for _ in range(2)], 0.1, epsilon, 0.1
+                )
 
             yield found(make)
     opposite = [
@@ -381,7 +415,12 @@ def all_cases() -> list[dict]:
     for c in made:
         names[c["property"]] = names.get(c["property"], -1) + 1
         flags = [name for name in MISTAKES if fails(c, name)]
-        head = {"id": f"{c['property']} {names[c['property']]}", "entry": c["entry"], "property": c["property"], "level": c["level"]}
+        head = {
+            "id": f"{c['property']} {names[c['property']]}",
+            "entry": c["entry"],
+            "property": c["property"],
+            "level": c["level"],
+        }
         c = head | {"flags": flags} | {k: v for k, v in c.items() if k not in head}
         size = sum(len(t) for r in c.get("policy_logits", []) for t in r)
         if "grad" in c["expected"]:

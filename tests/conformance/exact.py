@@ -133,7 +133,11 @@ def is_same(case: dict, i: int) -> bool:
         return case["policy_logits"] == case["ref_logits"]
     both = (i, i + len(case["labels"]) // 2)
     policy, ref, labels = ([case[k][j] for j in both] for k in ("policy_logits", "ref_logits", "labels"))
-    return policy == ref or all(chosen == rejected for chosen, rejected in (policy, ref, labels)) or not case["epsilon_check"]
+    return (
+        policy == ref
+        or all(chosen == rejected for chosen, rejected in (policy, ref, labels))
+        or not case["epsilon_check"]
+    )
 
 
 def offset_tie(case: dict) -> bool:

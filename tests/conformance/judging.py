@@ -80,7 +80,9 @@ class Command:
         self.command, self.name, self.baseline, self.timeout = command, name or command, baseline, timeout
 
     def ask(self, cases: list[dict]) -> list:
-        lines = [json.dumps({k: v for k, v in c.items() if k != "expected"} | {"baseline": self.baseline}) for c in cases]
+        lines = [
+            json.dumps({k: v for k, v in c.items() if k != "expected"} | {"baseline": self.baseline}) for c in cases
+        ]
         problem = ""
         try:
             run = subprocess.run(
@@ -106,7 +108,9 @@ class Command:
                 break  # what follows cannot be trusted to belong to its case
         if len(answers) < len(cases):
             last = err.strip().splitlines()[-1:] or ["nothing on standard error"]
-            problem = answers.pop() if answers and isinstance(answers[-1], str) else f"no answer: {problem} ({last[0][:200]})"
+            problem = (
+                answers.pop() if answers and isinstance(answers[-1], str) else f"no answer: {problem} ({last[0][:200]})"
+            )
             answers += [f"{problem} [after {len(answers)} of {len(cases)} answers]"] * (len(cases) - len(answers))
         return answers
 
@@ -303,12 +307,16 @@ def report(implementation, failures: list[tuple[dict, object]], total: int, prop
     case, answer = min(failures, key=lambda f: len(json.dumps(f[0])))
     name = case["property"]
     small, small_answer = smallest_failure(implementation, case, answer)
-    why = explanation(small, small_answer, implementation.baseline) or explanation(case, answer, implementation.baseline)
+    why = explanation(small, small_answer, implementation.baseline) or explanation(
+        case, answer, implementation.baseline
+    )
     text = [f"{name}: {properties[name]}", f"{len(failures)} of {total} cases fail; the smallest, from {case['id']}:"]
     text += ["", show(small), "", *(f"  {c}" for c in complaints(small, small_answer, implementation.baseline)[:6]), ""]
     if why:
         text.append(f"This answer is what you get by: {why}")
     else:
         usual = [f for f in case.get("flags", []) if f in MISTAKES][:6]
-        text.append("No known mistake gives this very answer. This case catches: " + (", ".join(usual) or "unknown ones"))
+        text.append(
+            "No known mistake gives this very answer. This case catches: " + (", ".join(usual) or "unknown ones")
+        )
     return "\n".join(text)

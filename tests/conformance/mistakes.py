@@ -308,4 +308,6 @@ def flag(mistake: type) -> str:
     return "".join("_" * (c.isupper() and i > 0) + c.lower() for i, c in enumerate(mistake.__name__))
 
 
-MISTAKES = {flag(m): m for m in list(globals().values()) if isinstance(m, type) and issubclass(m, Oracle) and m is not Oracle}
+MISTAKES = {
+    flag(m): m for m in list(globals().values()) if isinstance(m, type) and issubclass(m, Oracle) and m is not Oracle
+}

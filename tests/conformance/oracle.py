@@ -49,7 +49,9 @@ class Oracle:
             "delta_plus": plus,
         }
         if case["entry"] == "logits":
-            slope = self.beta_of_loss(b, beta_tilde) * np.exp(-np.logaddexp(0, self.beta_of_loss(b, beta_tilde) * margin))
+            slope = self.beta_of_loss(b, beta_tilde) * np.exp(
+                -np.logaddexp(0, self.beta_of_loss(b, beta_tilde) * margin)
+            )
             signed = np.concatenate([-slope, slope]) / len(step)
             found["grad"] = [
                 x * (np.eye(f.shape[1])[y] - np.exp(log_softmax(f.astype(np.float64))))
