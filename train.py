@@ -58,7 +58,7 @@ class Flags:
     model: str = ""  # checkpoint folder (Llama, Mistral, Qwen2 or Qwen3 family); without it the toy runs
     data: tuple[str, ...] = ()  # preference files: JSON lines, plain or .gz
     eval_data: tuple[str, ...] = ()  # held-out preference files; without them --eval-size pairs of --data are held out
-    eval_size: int = 128  # how many pairs of --data to hold out, at most a tenth of them
+    eval_size: int = 128  # how many pairs of --data to hold out, at most a third of them
     out: str = ""  # folder for metrics, checkpoint and final model [out/toy | must be given]
     beta: float | None = None  # β₀, the KL penalty at the start [0.5 | 0.01]
     epsilon: float = 0.01  # ε, for both of the next two. β has no fixed point: it falls about as
@@ -540,7 +540,7 @@ def real_job(flags: Flags, device: torch.device) -> None:
         print(f"held out, from --eval-data: {report}")
     else:
         order = np.random.default_rng(0).permutation(len(pairs))  # the same pairs for every seed
-        held = min(flags.eval_size, len(pairs) // 10)
+        held = min(flags.eval_size, len(pairs) // 3)
         eval_pairs, pairs = [pairs[i] for i in np.sort(order[:held])], [pairs[i] for i in np.sort(order[held:])]
         print(f"held out: {held} of them, {len(pairs):,} to train on")
     if not pairs:
