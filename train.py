@@ -144,7 +144,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> Flags:
 
 @dataclass
 class EpsDPO:
-    """ε-DPO as `train` uses a method: a loss for pairs, and what changes after a step. Its fields are its whole state."""
+    """ε-DPO as `train` uses a method: a loss of pairs and what changes after a step. Its fields are all its state."""
 
     beta: float
     epsilon_check: float
@@ -294,7 +294,7 @@ def identity(flags: Flags, pairs: Sequence[Pair]) -> dict[str, str]:
 
 
 def save_checkpoint(out: Path, step: int, policy: GPT, optimizer, method: EpsDPO, who: dict, lines: list) -> None:
-    """All state of a run: weights, moments, β, metrics. The order of pairs and the schedule follow from step and flags."""
+    """All state of a run: weights, moments, β, metrics. Order of pairs and schedule follow from step and flags."""
     weights, moments = get_state_dict(policy, optimizer, options=WHOLE)  # gathered by all processes, written by one
     state = {"step": step, "method": vars(method), "identity": who, "metrics": json.dumps(lines)}
     if rank_and_world()[0] == 0:
@@ -319,7 +319,7 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict
 
 
 def claim(out: Path, flags: Flags) -> None:
-    """Make `out` this run's folder, before time is spent. Raises ValueError if it holds a run nobody said to replace."""
+    """Make `out` this run's folder before time is spent. ValueError if it holds a run that nobody said to replace."""
     toy_default = not flags.out and not flags.model
     made_by = json.loads((out / "flags.json").read_text())["model"] if (out / "flags.json").exists() else ""
     held = [name for name in ("metrics.jsonl", "checkpoint.pt", "model") if (out / name).exists()]
@@ -424,8 +424,8 @@ def train(
             raise stop_at(step, batch, f"the loss is {sums['loss'] / len(batch)}, the gradient's norm {norm}")
         if step == 0 and norm == 0:
             tqdm.write(
-                "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it share "
-                "its weights with the reference, are the two answers of every pair equal?"
+                "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it "
+                "share its weights with the reference, are the two answers of every pair equal?"
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, flags)
@@ -509,9 +509,9 @@ def toy_job(flags: Flags, device: torch.device) -> None:
     logps["optimum π*"] = toy.optimum(ref_logp, world.reward, flags.beta)
     reports = {name: toy.report(logp, ref_logp, world.reward, flags.beta) for name, logp in logps.items()}
     print(
-        f"\nafter {len(betas)} steps of {flags.batch_size} pairs, exact, over all responses (J and π* at β = {flags.beta}):"
+        f"\nafter {len(betas)} steps of {flags.batch_size} pairs, exact, over all responses, J and π* at β = {flags.beta}:\n"
+        f"{toy.table(reports)}"
     )
-    print(toy.table(reports))
     ours = reports["ε-DPO"]
     print(
         f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having seen which of two answers was preferred, "
@@ -575,13 +575,13 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     started = time.perf_counter()
     (a @ a).sum().item()
     rate = 2 * 1024**3 / (time.perf_counter() - started)
-    # Weights, gradient and two moments of the policy and the reference's weights, 4 bytes each; then what backward needs.
+    # 4 bytes each: the policy's weights, gradient and two moments, the reference's weights, and what backward needs.
     kept = c.num_hidden_layers * (14 * c.hidden_size + 4 * c.intermediate_size) + 4 * c.vocab_size
     gigabytes = (20 * count(policy) / world + 4 * kept * max(flags.micro_tokens, row)) / 1e9
     hours = 8 * count(policy) * tokens / rate / 3600 / world
     return (
-        f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {gigabytes:.1f} GB on each device "
-        f"and {hours:.1f} hours (at the {rate / 1e9:.0f} GFLOP/s of a float32 matmul here)"
+        f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {gigabytes:.1f} GB a device and "
+        f"{hours:.1f} hours (at the {rate / 1e9:.0f} GFLOP/s of a float32 matmul here)"
     )
 
 

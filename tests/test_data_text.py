@@ -298,6 +298,15 @@ def test_truncation_keeps_the_beginning(tmp_path, kinds, with_template):
     assert prompt[0] == 1 and len(prompt) == 7
 
 
+def test_a_turn_opener_that_a_config_calls_bos_is_cut_with_the_rest(with_template, tmp_path):
+    """SmolLM2's config names <|im_start|>, which begins every turn."""
+    tokenizer = with_template(CHATML, config={**NAMED, "bos_token": "<|im_start|>"})
+    row = {"prompt": "He said yes and no " * 9, "chosen": YES, "rejected": NO}
+    whole, _, _ = one(tmp_path / "a", row, tokenizer)
+    prompt, _, _ = one(tmp_path / "a", row, tokenizer, max_length=30)
+    assert 15 <= len(prompt) < 30 and prompt == whole[-len(prompt) :]
+
+
 def test_no_end_token_after_a_cut_response(tmp_path, kinds):
     prompt, chosen, rejected = one(
         tmp_path / "a", text_row("He", " said yes and no", " no"), kinds["words"], max_length=4
@@ -630,6 +639,16 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token(with_template, tmp
     row = {"prompt": [user("Hi")], "chosen": [assistant("yes \n")], "rejected": [assistant("no")]}
     prompt, chosen, rejected = one(tmp_path / "a", row, tokenizer)
     assert tokenizer.decode(chosen) == "yes \n</s>" and tokenizer.decode(rejected) == "no</s>"
+
+
+def test_an_end_of_turn_that_begins_like_another_token(tmp_path):
+    backend = byte_level()
+    backend.add_tokens([AddedToken("<|en", normalized=False)])
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", template=PHI3, backend=backend))
+    assert (
+        tokenizer.decode(one(tmp_path / "a", {"prompt": "Hi", "chosen": YES, "rejected": NO}, tokenizer)[1])
+        == "yes<|end|>"
+    )
 
 
 def test_white_space_that_is_an_added_token_is_no_end_of_turn(tmp_path):

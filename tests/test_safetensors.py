@@ -246,7 +246,7 @@ def damaged(draw):
     return bytes(content)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=damaged())
 @example(content=b"\2" + bytes(7) + b"{}")
 def test_both_accept_or_both_reject_a_damaged_file(content, tmp_path):

@@ -115,14 +115,13 @@ class DeltaTokenMean(Oracle):
 
 
 class PaddingCounted(Oracle):
-    """Responses padded to the longest with label 0 and logits 0, and the padding counted: mask it by the lengths."""
+    """Responses padded to the longest, and the padding counted: mask it by the lengths."""
 
     def responses(self, case):
         found = super().responses(case)
         longest = max(len(y) for _, _, y in found)
-        pad = [(longest - len(y)) * [0] for _, _, y in found]
-        rows = lambda x, n: np.concatenate([x, np.zeros((len(n), x.shape[1]), x.dtype)])  # noqa: E731
-        return [(rows(f, n), rows(r, n), np.array([*y, *n], int)) for (f, r, y), n in zip(found, pad)]
+        rows = [[*range(len(y)), *[-1] * (longest - len(y))] for _, _, y in found]  # the last position over again
+        return [(f[i], r[i], np.r_[y, np.zeros(longest - len(y), int)]) for (f, r, y), i in zip(found, rows)]
 
 
 class LastTokenLost(Oracle):
