@@ -509,13 +509,18 @@ def toy_job(flags: Flags, device: torch.device) -> None:
     logps["optimum π*"] = toy.optimum(ref_logp, world.reward, flags.beta)
     reports = {name: toy.report(logp, ref_logp, world.reward, flags.beta) for name, logp in logps.items()}
     print(
-        f"\nafter {len(betas)} steps of {flags.batch_size} pairs, exact, over all responses, J and π* at β = {flags.beta}:\n"
-        f"{toy.table(reports)}"
+        f"\nafter {len(betas)} steps of {flags.batch_size} pairs, exact over all responses, J and π* at β = {flags.beta}"
     )
+    print(toy.table(reports))
+    print("\nresponses drawn     " + "".join(f"{name:30}" for name in ("reference", "ε-DPO")))
+    for prompt, letter in enumerate("abcde"):
+        dice = torch.Generator().manual_seed(flags.seed)
+        drawn = [logps[name][prompt].exp().multinomial(4, True, generator=dice) for name in ("reference", "ε-DPO")]
+        print(f"  to {letter}:            " + "".join(f"{' '.join(map(world.text, x.tolist())):30}" for x in drawn))
     ours = reports["ε-DPO"]
     print(
         f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having seen which of two answers was preferred, "
-        f"{len(pairs):,} times, the policy now beats the reference in {ours.win_rate:.0%} of comparisons, and has "
+        f"{len(betas) * flags.batch_size:,} times, the policy now beats the reference in {ours.win_rate:.0%} of comparisons, and has "
         f"{ours.share:.0%} of the reward that any policy this close to the reference could have gained."
     )
 
@@ -565,23 +570,22 @@ def real_job(flags: Flags, device: torch.device) -> None:
 
 
 def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
-    """Tokens, steps, and estimates of memory and time, before any is spent."""
+    """Tokens, steps, and rough estimates of memory and time, before any is spent."""
     c, world = policy.config, rank_and_world()[1]
     steps = flags.steps or flags.epochs * math.ceil(len(pairs) / flags.batch_size)
     row = sum(map(row_length, pairs)) / len(pairs)
     tokens = int(row * min(flags.batch_size, len(pairs)) * steps)
     a = torch.rand(1024, 1024, device=next(policy.parameters()).device)
-    a @ a
     started = time.perf_counter()
-    (a @ a).sum().item()
-    rate = 2 * 1024**3 / (time.perf_counter() - started)
+    (a @ a @ a @ a).sum().item()
+    rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
     # 4 bytes each: the policy's weights, gradient and two moments, the reference's weights, and what backward needs.
     kept = c.num_hidden_layers * (14 * c.hidden_size + 4 * c.intermediate_size) + 4 * c.vocab_size
-    gigabytes = (20 * count(policy) / world + 4 * kept * max(flags.micro_tokens, row)) / 1e9
+    memory = (20 * count(policy) / world + 4 * kept * max(flags.micro_tokens, row)) / 1e9
     hours = 8 * count(policy) * tokens / rate / 3600 / world
     return (
-        f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {gigabytes:.1f} GB a device and "
-        f"{hours:.1f} hours (at the {rate / 1e9:.0f} GFLOP/s of a float32 matmul here)"
+        f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {memory:.1f} GB on each "
+        f"device and {hours:.1f} hours, from {rate / 1e9:.0f} GFLOP/s of a float32 matmul here"
     )
 
 
