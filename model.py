@@ -74,7 +74,7 @@ def _is(kind: str, value: object) -> bool:
     if kind.startswith("int"):
         return type(value) is int and (value > 0 or (value == 0 and "=" in kind)) and value <= 2**28
     if kind.startswith("number"):
-        return type(value) in (int, float) and 0 < value < math.inf
+        return type(value) in (int, float) and 0 < value < 1e30
     types = {"true or false": bool, "list or null": list, "rope or null": dict}
     return type(value) is types[kind] if kind in types else value in kind.split(" or ")
 

@@ -58,7 +58,8 @@ class World:
     @cached_property
     def chain(self) -> Tensor:  # (P, letters, letters) float64: P(next letter | prompt, letter before it)
         dice = torch.Generator().manual_seed(self.seed)
-        return torch.randn(3 * [self.letters], generator=dice, dtype=torch.float64).softmax(-1)
+        spread = 0.7  # uneven, but no letter so rare after another that the pairs would hardly show it
+        return (spread * torch.randn(3 * [self.letters], generator=dice, dtype=torch.float64)).softmax(-1)
 
     def language(self, tokens: Tensor) -> Tensor:
         """The language as a policy: a first-order Markov chain for each prompt, that starts from the prompt's letter.

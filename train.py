@@ -23,10 +23,13 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -65,7 +68,7 @@ class Flags:
     # exp(−ε · steps · (2·accuracy − 1)), so choose ε times the number of steps of order 1 to 5
     epsilon_check: float | None = None  # ε_c, the perturbation in the check, in [0, 1) [--epsilon]
     epsilon_step: float | None = None  # ε_s, the size of a step of β, in [0, 0.5]; 0 is plain DPO [--epsilon]
-    lr: float | None = None  # peak learning rate: linear warm-up, then a cosine to zero [5e-4 | 7e-7]
+    lr: float | None = None  # peak learning rate: linear warm-up, then a cosine to zero [1e-3 | 7e-7]
     warmup: float = 0.1  # share of the steps that warm up
     batch_size: int | None = None  # pairs in one optimizer step, over all processes [64 | 128]
     epochs: int = 1  # passes over the data
@@ -89,15 +92,19 @@ class Flags:
     def __post_init__(self) -> None:
         """Fill in what depends on the job or on other flags. Raises ValueError naming the flag that is wrong."""
         real = bool(self.model or self.data)
-        for name, (of_toy, of_real) in {"beta": (0.5, 0.01), "lr": (5e-4, 7e-7), "batch_size": (64, 128)}.items():
+        for name, (of_toy, of_real) in {"beta": (0.5, 0.01), "lr": (1e-3, 7e-7), "batch_size": (64, 128)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, of_real if real else of_toy)
+        if self.max_prompt_length is None:
+            self.max_prompt_length = self.max_length // 2
         self.epsilon_check = self.epsilon if self.epsilon_check is None else self.epsilon_check
         self.epsilon_step = self.epsilon if self.epsilon_step is None else self.epsilon_step
         for name, ok, expected in (
             ("model", bool(self.model) == bool(self.data), "--model and --data come together"),
             ("out", not real or self.out or self.show, "a folder, for a run on real data"),
+            ("show", real or not self.show, "pairs of --data; give --model and --data too"),
             ("beta", 0 < self.beta < math.inf, "a finite number above 0"),
+            ("epsilon", 0 <= self.epsilon <= 0.5, "a number in [0, 0.5]"),
             ("epsilon_check", 0 <= self.epsilon_check < 1, "a number in [0, 1)"),
             ("epsilon_step", 0 <= self.epsilon_step <= 0.5, "a number in [0, 0.5]"),
             ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
@@ -108,10 +115,16 @@ class Flags:
             ("micro_tokens", self.micro_tokens >= 1, "at least 1"),
             ("clip", self.clip > 0, "a number above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number, at least 0"),
+            ("max_length", self.max_length >= 2, "at least 2: a token of the prompt and one of a response"),
+            ("max_prompt_length", 0 < self.max_prompt_length < self.max_length, "at least 1, below --max-length"),
+            ("seed", 0 <= self.seed < 2**63, "a number from 0 to 2**63 - 1"),
             ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("resume", not (self.resume and self.overwrite), "either --resume or --overwrite"),
-            *((name, getattr(self, name) >= 0, "at least 0") for name in ("eval_size", "eval_every", "save_every")),
-            *((name, getattr(self, name) >= 0, "at least 0") for name in ("seed", "samples", "show")),
+            *(
+                (name, getattr(self, name) >= 0, "at least 0")
+                for name in ("eval_size", "eval_every", "save_every", "samples")
+            ),
+            ("show", self.show >= 0, "at least 0"),
         ):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {expected}")
@@ -242,35 +255,11 @@ def add_up(parts: list[dict[str, Tensor]], extra: float = 0.0) -> tuple[dict[str
     return dict(zip(parts[0], values)), extra
 
 
-@torch.no_grad()
-def evaluate(policy: GPT, reference: GPT, pairs: Sequence[Pair], method: EpsDPO, flags: Flags) -> dict[str, float]:
-    """Means over held-out pairs, and the standard errors of accuracy and margin."""
-    parts = []
-    for group in my_share(pairs, flags.micro_tokens):
-        batch = collate(group).to(next(policy.parameters()).device)
-        chosen, rejected = compare(policy, reference, batch, flags.epsilon_check, flags.dtype)
-        parts.append(totals(method.loss(chosen, rejected, batch), chosen, rejected, batch, method.beta))
-    n = len(pairs)
-    means = {name: value / n for name, value in add_up(parts)[0].items()}
-    accuracy, variance = means["rewards/accuracies"], means.pop("margin_squares") - means["rewards/margins"] ** 2
-    means["rewards/accuracies_se"] = math.sqrt(accuracy * (1 - accuracy) / n)
-    means["rewards/margins_se"] = math.sqrt(max(variance, 0.0) / n)
-    return {f"eval/{name}": value for name, value in means.items()} | {"eval/pairs": n}
-
-
-def learning_rate(step: int, steps: int, flags: Flags) -> float:
-    """Of optimizer step 0, 1, … of `steps`: linear warm-up that starts above zero, then a cosine that ends at zero."""
-    warmup = math.ceil(flags.warmup * steps)
-    if step < warmup:
-        return flags.lr * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return flags.lr * (1 + math.cos(math.pi * progress)) / 2
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run leaves behind, and how it goes on from there
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+RESULTS = ("metrics.jsonl", "checkpoint.pt", "model", "run.svg")
 # Flags that a resumed run may change: they alter neither the data nor the numbers (micro_tokens: their last bits only).
 FREE_ON_RESUME = {
     *("model", "data", "eval_data", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show"),
@@ -279,18 +268,48 @@ FREE_ON_RESUME = {
 
 
 def identity(flags: Flags, pairs: Sequence[Pair]) -> dict[str, str]:
-    """What a checkpoint belongs to: the flags that matter, and hashes of all token ids and of the first weights."""
-    ids, weights = hashlib.sha256(), hashlib.sha256()
+    """What a checkpoint belongs to: the flags that matter, hashes of all token ids and of the first model's files."""
+    ids, files = hashlib.sha256(), hashlib.sha256()
     for pair in pairs:
-        for part in (pair.prompt, pair.chosen, pair.rejected):
+        for part in pair[:3]:
             ids.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
-    for path in sorted(Path(flags.model).glob("*.safetensors")) if flags.model else ():
+    folder = Path(flags.model)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if flags.model else ():
         with open(path, "rb") as f:  # size and ends: enough to tell two models apart, whatever their size
-            weights.update(path.stat().st_size.to_bytes(8, "little") + f.read(1 << 20))
+            files.update(path.stat().st_size.to_bytes(8, "little") + f.read(1 << 20))
             f.seek(max(0, path.stat().st_size - (1 << 20)))
-            weights.update(f.read())
+            files.update(f.read())
     chosen = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in FREE_ON_RESUME}
-    return chosen | {"the data": ids.hexdigest(), "the model": weights.hexdigest()}
+    return chosen | {"the data": ids.hexdigest(), "the model": files.hexdigest()}
+
+
+def claim(out: Path, flags: Flags) -> None:
+    """Check that `out` can be this run's folder. Raises ValueError if it holds what nobody said to replace.
+
+    Without --out, the toy replaces an earlier toy in its default folder and nothing else.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if not flags.out and json.loads((out / "flags.json").read_text())["model"] == "":
+            flags.overwrite = not flags.resume
+    held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
+    if flags.resume and "flags.json" not in held:
+        raise ValueError(f"--resume: {out} holds no run to go on with")
+    if held and not (flags.resume or flags.overwrite):
+        raise ValueError(f"--out {out}: holds a run ({', '.join(held)}): --resume goes on, --overwrite replaces it")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out) as probe:  # a folder that cannot be written is an error now, not after hours
+        probe.write(b"x")
+
+
+def begin(out: Path, flags: Flags, lines: list[dict[str, float]]) -> TextIO:
+    """Make `out` this run's, now that all is checked, and open metrics.jsonl behind the lines it has so far."""
+    for name in () if flags.resume else RESULTS:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    for torn in out.glob(".*.tmp"):  # a save that was killed
+        torn.unlink()
+    replace_file(out / "flags.json", lambda f: f.write(json.dumps(dataclasses.asdict(flags), indent=2).encode()))
+    replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in lines))
+    return open(out / "metrics.jsonl", "a", encoding="utf-8")
 
 
 def save_checkpoint(out: Path, step: int, policy: GPT, optimizer, method: EpsDPO, who: dict, lines: list) -> None:
@@ -318,42 +337,67 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict
     return state["step"], lines
 
 
-def claim(out: Path, flags: Flags) -> None:
-    """Make `out` this run's folder before time is spent. ValueError if it holds a run that nobody said to replace."""
-    toy_default = not flags.out and not flags.model
-    made_by = json.loads((out / "flags.json").read_text())["model"] if (out / "flags.json").exists() else ""
-    held = [name for name in ("metrics.jsonl", "checkpoint.pt", "model") if (out / name).exists()]
-    if flags.resume and not (out / "flags.json").exists():
-        raise ValueError(f"--resume: {out} holds no run to go on with")
-    if held and not (flags.resume or flags.overwrite or (toy_default and made_by == "")):
-        raise ValueError(f"--out {out}: holds a run ({', '.join(held)}): --resume goes on, --overwrite replaces it")
-    if rank_and_world()[0] != 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    if not flags.resume:
-        for name in held:
-            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-    text = json.dumps(dataclasses.asdict(flags), indent=2)
-    replace_file(out / "flags.json", lambda f: f.write(text.encode()))  # fails here and now if nothing can be written
+@contextlib.contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """Ctrl-C, or a scheduler's SIGTERM, puts its number into the list: stop after this step. A second stops at once."""
+    asked: list[int] = []
 
-
-class StopSignal:
-    """Ctrl-C, or a scheduler's SIGTERM, asks a run to stop after the step it is in; a second one stops it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # outside the main thread signals are not ours to take
-                signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame: object) -> None:
-        if self.asked:
+    def ask(number: int, frame: object) -> None:
+        if asked:
             raise KeyboardInterrupt
-        self.asked = True
+        asked.append(number)
+
+    ours = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be taken
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if ours}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One run
+
+
+def learning_rate(step: int, steps: int, flags: Flags) -> float:
+    """Of optimizer step 0, 1, … of `steps`: linear warm-up that starts above zero, then a cosine that ends at zero."""
+    warmup = math.ceil(flags.warmup * steps - 1e-9)
+    if step < warmup:
+        return flags.lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return flags.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def accumulate(policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDPO, flags: Flags) -> list[dict]:
+    """Add the gradient of the mean loss over an effective batch; returns what `add_up` adds up.
+
+    Raises ValueError naming the rows of a micro-batch whose logits are not finite.
+    """
+    parts, world = [], rank_and_world()[1]
+    for group in my_share(batch, flags.micro_tokens):
+        micro = collate(group).to(next(policy.parameters()).device)
+        try:
+            chosen, rejected = compare(policy, reference, micro, flags.epsilon_check, flags.dtype)
+            result = method.loss(chosen, rejected, micro)
+        except ValueError as e:
+            raise ValueError(f"rows {rows(group)}: {e}") from e
+        if torch.is_grad_enabled():
+            # FSDP averages gradients over the processes: sum · world / pairs makes that the mean over all pairs.
+            (result.losses.sum() * (world / len(batch))).backward()
+        parts.append(totals(result, chosen, rejected, micro, method.beta))
+    return parts
+
+
+@torch.no_grad()
+def evaluate(policy: GPT, reference: GPT, pairs: Sequence[Pair], method: EpsDPO, flags: Flags) -> dict[str, float]:
+    """Means over held-out pairs, and the standard errors of accuracy and margin."""
+    sums, n = add_up(accumulate(policy, reference, pairs, method, flags))[0], len(pairs)
+    means = {name: value / n for name, value in sums.items()}
+    accuracy, variance = means["rewards/accuracies"], means.pop("margin_squares") - means["rewards/margins"] ** 2
+    means["rewards/accuracies_se"] = math.sqrt(accuracy * (1 - accuracy) / n)
+    means["rewards/margins_se"] = math.sqrt(max(variance, 0.0) / n)
+    return {f"eval/{name}": value for name, value in means.items()} | {"eval/pairs": n}
 
 
 def train(
@@ -371,93 +415,92 @@ def train(
     asked to stop, after saving.
     """
     method = method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
-    rank, world = rank_and_world()
-    device = next(policy.parameters()).device
+    rank = rank_and_world()[0]
     policy.requires_grad_(True)
     reference.requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(pairs) / flags.batch_size)
     steps = flags.steps or flags.epochs * steps_per_epoch
-    done, saved, lines, who = 0, 0, [], identity(flags, [*pairs, *eval_pairs]) if out else {}
-    if out and flags.resume and (out / "checkpoint.pt").exists():  # else it was killed before its first one
-        done, lines = load_checkpoint(out, policy, optimizer, method, who)
-        saved = done
-    file = None
-    if out and rank == 0:  # on resume this cuts the file back to the checkpoint's step
-        replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in lines))
-        file = open(out / "metrics.jsonl", "a", encoding="utf-8")
+    done, lines, file = 0, [], None
+    if out:
+        who, room = identity(flags, [*pairs, *eval_pairs]), shutil.disk_usage(out).free
+        if room < (need := count(policy) * (4 + 12 * bool(flags.save_every))):
+            raise ValueError(f"--out {out}: has {room / 1e9:.1f} GB left, the run will write {need / 1e9:.1f} GB")
+        if flags.resume and (out / "checkpoint.pt").exists():  # else it was killed before its first one
+            done, lines = load_checkpoint(out, policy, optimizer, method, who)
+        file = begin(out, flags, lines) if rank == 0 else None
+    saved, beta_left = done, False
 
-    def write(line: dict[str, float]) -> None:
-        lines.append(line)
+    def write(step: int, line: dict[str, float]) -> None:
+        lines.append({"step": step} | line)
         if file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.write(json.dumps(lines[-1], allow_nan=False) + "\n")
             file.flush()
 
-    def stop_at(step: int, rows: Sequence[Pair], problem: object) -> ValueError:
-        names = ", ".join(f"{Path(pair.file).name}:{pair.line}" for pair in rows[:8]) + " …" * (len(rows) > 8)
-        last = f"go on from step {saved} with --resume" if saved else "no checkpoint was saved (--save-every)"
-        return ValueError(f"step {step + 1}, rows {names}: {problem}; {last}")
+    def evaluated(step: int) -> None:
+        if eval_pairs:
+            write(step, evaluate(policy, reference, eval_pairs, method, flags))
 
-    if eval_pairs and not done:
-        write({"step": 0} | evaluate(policy, reference, eval_pairs, method, flags))
-    beta_left, asked = False, StopSignal()
     bar = tqdm(range(done, steps), "train", steps, False, initial=done, unit="step", disable=rank != 0)
-    for step in bar:
-        started = time.perf_counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
-        batch, parts = [pairs[i] for i in order], []
-        for group in my_share(batch, flags.micro_tokens):
-            micro = collate(group).to(device)
-            try:
-                chosen, rejected = compare(policy, reference, micro, flags.epsilon_check, flags.dtype)
-                result = method.loss(chosen, rejected, micro)
-            except ValueError as e:
-                raise stop_at(step, group, e) from e
-            # FSDP averages gradients over the processes: sum · world / pairs makes that the mean over all pairs.
-            (result.losses.sum() * (world / len(batch))).backward()
-            parts.append(totals(result, chosen, rejected, micro, method.beta))
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        sums, stopping = add_up(parts, asked.asked)
-        if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
-            raise stop_at(step, batch, f"the loss is {sums['loss'] / len(batch)}, the gradient's norm {norm}")
-        if step == 0 and norm == 0:
-            tqdm.write(
-                "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it "
-                "share its weights with the reference, are the two answers of every pair equal?"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, flags)
-        optimizer.step()
-        optimizer.zero_grad()
-        beta = method.beta
-        method.after_step(sums, policy, reference)
+    with file or contextlib.nullcontext(), bar, stop_signal() as asked:
+        step = done
+        try:
+            if not done:
+                evaluated(0)
+            for step in bar:
+                started = time.perf_counter()
+                epoch, place = divmod(step, steps_per_epoch)
+                order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
+                batch = [pairs[i] for i in order]
+                sums, stopping = add_up(accumulate(policy, reference, batch, method, flags), len(asked))
+                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
+                norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
+                    loss = sums["loss"] / len(batch)
+                    raise ValueError(f"rows {rows(batch)}: the loss is {loss}, the gradient's norm {norm}")
+                if step == 0 and norm == 0:
+                    tqdm.write(NOTHING_TO_LEARN)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, flags)
+                optimizer.step()
+                optimizer.zero_grad()
+                beta = method.beta
+                method.after_step(sums, policy, reference)
 
-        del sums["margin_squares"]
-        seconds, tokens = time.perf_counter() - started, sum(map(row_length, batch))
-        line = {"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "learning_rate": group["lr"]}
-        line |= {"grad_norm": norm, "beta": beta} | {name: value / len(batch) for name, value in sums.items()}
-        line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "memory_gb": memory_gb()}
-        write(line)
-        shown = (line["loss"], beta, line["rewards/accuracies"], line["tokens_per_second"], line["memory_gb"])
-        bar.set_postfix_str("loss {:.4f} β {:.4g} accuracy {:.2f} {:.0f} tok/s {:.1f} GB".format(*shown))
-        if not beta_left and not flags.beta / 100 <= method.beta <= 100 * flags.beta:
-            beta_left = True
-            tqdm.write(
-                f"warning: β went from {flags.beta:g} to {method.beta:.3g}: choose ε · steps smaller (--epsilon)"
-            )
-        last = step + 1 == steps
-        if eval_pairs and (last or (flags.eval_every and (step + 1) % flags.eval_every == 0)):
-            write({"step": step + 1} | evaluate(policy, reference, eval_pairs, method, flags))
-        if out and (stopping or (flags.save_every and (last or (step + 1) % flags.save_every == 0))):
-            save_checkpoint(out, step + 1, policy, optimizer, method, who, lines)
-            saved = step + 1
-        if stopping and not last:
-            raise KeyboardInterrupt(
-                f"stopped after step {step + 1}" + f", saved: go on with --resume --out {out}" * bool(out)
-            )
+                del sums["margin_squares"]
+                seconds, tokens = time.perf_counter() - started, sum(map(row_length, batch))
+                line = {"epoch": (step + 1) / steps_per_epoch, "learning_rate": group["lr"], "grad_norm": norm}
+                line |= {"beta": beta} | {name: value / len(batch) for name, value in sums.items()}
+                line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+                write(step + 1, line | {"memory_gb": memory_gb()})
+                shown = (line["loss"], beta, line["rewards/accuracies"], tokens / seconds, memory_gb())
+                bar.set_postfix_str("loss {:.4f} β {:.4g} accuracy {:.2f} {:.0f} tok/s {:.1f} GB".format(*shown))
+                if not beta_left and not flags.beta / 100 <= method.beta <= 100 * flags.beta:
+                    beta_left = True
+                    tqdm.write(f"warning: β went from {flags.beta:g} to {method.beta:.3g}: choose a smaller --epsilon")
+                last = step + 1 == steps
+                if last or (flags.eval_every and (step + 1) % flags.eval_every == 0):
+                    evaluated(step + 1)
+                if out and (stopping or (flags.save_every and (last or (step + 1) % flags.save_every == 0))):
+                    save_checkpoint(out, step + 1, policy, optimizer, method, who, lines)
+                    saved = step + 1
+                if stopping and not last:
+                    how = f", saved: go on with --resume --out {out}" if out else ""
+                    raise KeyboardInterrupt(f"stopped after step {step + 1}{how}")
+        except ValueError as e:
+            last_good = f"go on from step {saved} with --resume" if saved else "no checkpoint was saved (--save-every)"
+            raise ValueError(f"step {step + 1}, {e}; {last_good}") from e
     return lines
+
+
+NOTHING_TO_LEARN = (
+    "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it share its "
+    "weights with the reference, are the two answers of every pair equal?"
+)
+
+
+def rows(pairs: Sequence[Pair]) -> str:
+    return ", ".join(f"{Path(pair.file).name}:{pair.line}" for pair in pairs[:8]) + " …" * (len(pairs) > 8)
 
 
 def memory_gb() -> float:
@@ -509,19 +552,20 @@ def toy_job(flags: Flags, device: torch.device) -> None:
     logps["optimum π*"] = toy.optimum(ref_logp, world.reward, flags.beta)
     reports = {name: toy.report(logp, ref_logp, world.reward, flags.beta) for name, logp in logps.items()}
     print(
-        f"\nafter {len(betas)} steps of {flags.batch_size} pairs, exact over all responses, J and π* at β = {flags.beta}"
+        f"\nafter {len(betas)} steps of {flags.batch_size} pairs; exact over all responses; J, π* at β = {flags.beta}"
     )
     print(toy.table(reports))
     print("\nresponses drawn     " + "".join(f"{name:30}" for name in ("reference", "ε-DPO")))
     for prompt, letter in enumerate("abcde"):
         dice = torch.Generator().manual_seed(flags.seed)
         drawn = [logps[name][prompt].exp().multinomial(4, True, generator=dice) for name in ("reference", "ε-DPO")]
-        print(f"  to {letter}:            " + "".join(f"{' '.join(map(world.text, x.tolist())):30}" for x in drawn))
-    ours = reports["ε-DPO"]
+        texts = (" ".join(map(world.text, x.tolist())) for x in drawn)
+        print(f"  to {letter}:            " + "".join(f"{text:30}" for text in texts))
     print(
-        f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having seen which of two answers was preferred, "
-        f"{len(betas) * flags.batch_size:,} times, the policy now beats the reference in {ours.win_rate:.0%} of comparisons, and has "
-        f"{ours.share:.0%} of the reward that any policy this close to the reference could have gained."
+        f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having been told {len(betas) * flags.batch_size:,} "
+        f"times which of two answers was preferred, the policy now beats the reference in "
+        f"{reports['ε-DPO'].win_rate:.0%} of comparisons, and has {reports['ε-DPO'].share:.0%} of the gain in reward that "
+        "a policy this close to the reference could have at best."
     )
 
 
@@ -533,7 +577,7 @@ def real_job(flags: Flags, device: torch.device) -> None:
     rules = {name: getattr(flags, name) for name in ("max_length", "max_prompt_length", "skip_bad_rows")}
     rules |= {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "progress": rank_and_world()[0] == 0}
     rules |= {"max_position_embeddings": config.max_position_embeddings}
-    if not flags.show:
+    if not flags.show and rank_and_world()[0] == 0:
         claim(out, flags)
     pairs, report = load_pairs(flags.data, **rules)
     print(report)
@@ -637,6 +681,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if name.startswith("mps"):
             raise ValueError("--device mps: it has no float64, which the sums over responses need; use cpu")
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"--device {flags.device}: {str(e).splitlines()[0]}") from e
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
             if name == "cuda":

@@ -291,13 +291,14 @@ def test_truncation_in_numbers(tmp_path, longer, prompt, response):
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(2, 40), st.data())
 def test_truncation_rule(p, c, r, limit, draw):
     most = draw.draw(st.integers(1, limit - 1))
-    bos = draw.draw(st.integers(0, 1))
+    bos = draw.draw(st.integers(0, min(p, 3)))
     ids = [list(range(p)), list(range(100, 100 + c)), list(range(200, 200 + r))]
     prompt, chosen, rejected = data.truncate(ids, limit, most, bos)
     longer = max(c, r)
     if p + longer <= limit:
         assert [prompt, chosen, rejected] == ids
     kept = p if p + longer <= limit else min(p, max(limit - longer, most))
+    bos = min(bos, kept)
     assert len(prompt) == kept and prompt[:bos] == ids[0][:bos]
     assert prompt[bos:] == ids[0][p - kept + bos :]
     room = limit - kept

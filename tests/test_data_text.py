@@ -748,6 +748,13 @@ def test_null_never_renders_as_none(with_template, name):
             assert "refuses" in str(error)
 
 
+def test_a_template_that_ends_this_answer_otherwise_than_a_text(with_template, tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{{ '[c]<|end|>' if m.tool_calls else eos_token }}{% endfor %}"
+    row = {"prompt": "Hi", "chosen": [assistant(None, tool_calls=CALL)], "rejected": NO}
+    with pytest.raises(ValueError, match="a:1: no end of the answer"):
+        load(tmp_path / "a", [row], with_template(template))
+
+
 def test_the_date_is_the_same_in_every_row(with_template):
     tokenizer = with_template("{{ strftime_now('%H:%M:%S.%f') }}")
     assert tokenizer.render([user("a")]) == tokenizer.render([user("b")])
@@ -787,6 +794,9 @@ SYSTEM = {"role": "system", "content": "Be brief."}
             HEAD[1:] + YES,
             HEAD[1:2] + [user("Or?")] + NO,
         ),
+        # they part where an answer goes on in one, and the user in the other
+        ({"chosen": HEAD[:2] + YES, "rejected": HEAD + NO}, HEAD[:1], HEAD[1:2] + YES, HEAD[1:] + NO),
+        ({"chosen": HEAD + YES, "rejected": HEAD[:2] + NO}, HEAD[:1], HEAD[1:] + YES, HEAD[1:2] + NO),
         # one is the beginning of the other: the last message of either is not of the prompt
         ({"chosen": HEAD + YES, "rejected": HEAD[:2]}, HEAD[:1], HEAD[1:] + YES, HEAD[1:2]),
         # tables have a null for every field
@@ -886,6 +896,9 @@ def test_rows_that_cannot_be_used(with_template, tmp_path, row, reason):
         ("\n\nHuman: a\n\nAssistant:", " b \n\nAssistant : x", " b Assistant: y"),
         ("\n\nHuman: is \nAssistant: or Assistant: a role?\n\nAssistant:", " no. Human: x", " no. Human: y"),
         ("\n\nHuman: a\n\nAssistant:", " b\n\nAssistan", " b\n\nAssistant: c"),
+        ("\n\nHuman: a\n\nAssistant:", " b\nAssistant: c", " b\nAssistant: d"),
+        ("\n\nHuman: a\n\nAssistant:", " b Assistant: c", " b Assistant: d"),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "yes", "no"),
         ("\n\nAssistant:", " b", " c"),
     ],
 )

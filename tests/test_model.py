@@ -388,7 +388,7 @@ def test_generate_is_a_function_of_its_generator_and_stops_at_eos(folder_of):
         for out, whole in zip(model.generate(prompts, 12, eos=eos), greedy):
             stops = [i for i, token in enumerate(whole) if token in ([eos] if isinstance(eos, int) else eos)]
             assert out == whole[: stops[0] + 1 if stops else 12]
-    cold = model.generate(prompts, 12, 1e-30, generator=torch.Generator().manual_seed(0))
+    cold = model.generate(prompts, 12, 1e-39, generator=torch.Generator().manual_seed(0))
     assert cold == greedy  # and no overflow on the way
     for bad in (([], 3), ([[]], 3), ([[1]], 0), ([[1]], 3, -1.0), ([[1]], 3, float("nan"))):
         with pytest.raises(ValueError, match="generate"):
@@ -455,6 +455,7 @@ REFUSED = [
     ("llama", {"max_position_embeddings": None}, "max_position_embeddings"),
     ("llama", {"rope_theta": None}, "rope_theta"),
     ("llama", {"rope_theta": 0}, "rope_theta"),
+    ("llama", {"rope_theta": 10**400}, "rope_theta"),
     ("llama", {"rope_theta": -10000.0}, "rope_theta"),
     ("llama", {"rope_theta": "10000"}, "rope_theta"),
     ("llama", {"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta"),
@@ -464,6 +465,7 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": None, "rope_theta": 1e4}}, "None"),
     ("llama", {"rope_parameters": {"rope_type": ["linear"], "factor": 2.0}}, "linear"),
     ("llama", {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}}, "type"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}}, "dynamic"),
     ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
@@ -633,7 +635,18 @@ def test_what_changes_no_number_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"llama"', b"\xff\xfe{}", b"[" * 100_000, b'{"model_type": "llama",}']
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"llama"',
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"model_type": "llama",}',
+        b'{"vocab_size": 61}',
+    ],
 )
 def test_a_config_that_is_no_json_object(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
@@ -877,12 +890,13 @@ def test_a_model_by_hand_is_saved_with_a_config_of_its_own(more, tmp_path):
     model = GPT(toy(**more))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(tmp_path)
-    wanted, info = oracle(tmp_path)
+    folder = tmp_path / "not" / "there"
+    model.save_pretrained(folder)
+    wanted, info = oracle(folder)
     assert not any(info.values()), info
     assert far(model(rows()), wanted(rows()).logits) < 1e-5
-    assert sorted(os.listdir(tmp_path)) == ["config.json", SINGLE]
-    assert GPT.from_pretrained(tmp_path).config == model.config
+    assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
+    assert GPT.from_pretrained(folder).config == model.config
 
 
 def test_what_is_copied_kept_and_removed(own, tmp_path):

@@ -208,10 +208,8 @@ def test_header_lengths(length, tmp_path):
 
 
 def test_a_header_beyond_the_limit(tmp_path):
-    with open(tmp_path / "x", "wb") as out:
-        out.write(struct.pack("<Q", 100_000_001))
-        out.truncate(8 + 100_000_001)  # a hole in the disk, read by nobody
-    assert by_library(tmp_path / "x") is None and by_us(tmp_path / "x") is None
+    path = file(tmp_path / "x", b"{}".ljust(100_000_001))  # right in all but its length
+    assert by_library(path) is None and by_us(path) is None
 
 
 def test_the_tensor_is_named(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .exact import float32
-from .judging import complaints, complete, to_arrays
+from .judging import REQUIRED, complaints, complete, to_arrays
 from .mistakes import MISTAKES
 from .oracle import Oracle
 
@@ -374,10 +374,10 @@ def far():
     for spread, epsilon, sure in [
         (10, 0.1, 0),
         (30, 0.9, 0),
-        (100, 0.99, 0),
-        (3, 0.01, 30),
+        (60, 0.99, 0),
+        (30, 0.2, 30),
         (20, 0.3, 60),
-        (1, 0.5, 25),
+        (8, 0.5, 25),
     ]:
         for seed in range(2):
 
@@ -387,7 +387,7 @@ def far():
                     "far from the reference", [draw(rng, 2, 4, spread, 0, sure) for _ in range(2)], 0.1, epsilon, 0.1
                 )
 
-            yield found(make)
+            yield found(make, steps(-1 if seed else 1))
     opposite = [
         ([0, -30], [0, -60], 0, 0.1), ([0, 99, 0], [0, 0, 0], 0, 0.99), ([0, -99, 0], [0, 0, 0], 0, 0.99),
         ([-40, 0, 0.5], [40, 0, 0], 0, 0.99), ([0, -200], [0, -900], 0, 0.3), ([0, -200], [-900, 0], 1, 0.3),
@@ -401,9 +401,13 @@ def far():
                 yield new
 
 
-def fails(c: dict, mistake: str) -> bool:
+def fails(c: dict, mistake: str, arrays: dict | None = None) -> bool:
+    """Whether what everybody answers (step, β̃, loss, next β) tells the mistake from the method."""
     c = c if "floor" in c else complete(c)
-    return bool(c) and bool(complaints(c, MISTAKES[mistake]().answer(to_arrays(c, "arithmetic")), "arithmetic"))
+    if not c:
+        return False
+    wrong = MISTAKES[mistake]().answer(arrays or to_arrays(c, "arithmetic"))
+    return bool(complaints(c, {k: wrong[k] for k in REQUIRED}, "arithmetic"))
 
 
 def all_cases() -> list[dict]:
@@ -414,7 +418,8 @@ def all_cases() -> list[dict]:
     names, cases = {}, []
     for c in made:
         names[c["property"]] = names.get(c["property"], -1) + 1
-        flags = [name for name in MISTAKES if fails(c, name)]
+        arrays = to_arrays(c, "arithmetic")
+        flags = [name for name in MISTAKES if fails(c, name, arrays)]
         head = {
             "id": f"{c['property']} {names[c['property']]}",
             "entry": c["entry"],

@@ -145,7 +145,7 @@ def complaints(case: dict, answer, baseline: str) -> list[str]:
                 found.append(f"{name} is missing")
             continue
         try:
-            values, expected = np.array(answer[name], float), np.array(right[name])
+            values, expected = np.asarray(answer[name]).astype(float), np.array(right[name])
         except (TypeError, ValueError):
             values = np.array(math.nan)
         if values.shape != expected.shape:
@@ -170,7 +170,7 @@ def gradient_complaints(case: dict, grads, right: dict) -> list[str]:
         b, m = right["beta"][i % pairs], case["margin_floor"][i % pairs]
         expected = np.array(expected)
         try:
-            values = np.array(grads[i], float).reshape(expected.shape)
+            values = np.asarray(grads[i]).astype(float).reshape(expected.shape)
         except (TypeError, ValueError, IndexError):
             return [f"grad[{i}]: an array of shape {expected.shape} expected"]
         wrong = ~(abs(values - expected) <= b / pairs * (1e-5 + b * m))

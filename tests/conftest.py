@@ -1,0 +1,48 @@
+"""Fixtures of the tests that train: test_train.py, test_resume.py, test_processes.py."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy
+import train
+from tests.runs import id_rows, tiny_model, write_rows
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """One thread, so that bits are comparable; no figure; the signals that a run takes for itself are given back."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    threads, handlers = torch.get_num_threads(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the checkpoints `model`, `tied` and `other`, and `ids.jsonl` of 31 pairs, `held.jsonl` of 7."""
+    root = tmp_path_factory.mktemp("runs")
+    tiny_model().save_pretrained(root / "model")
+    tiny_model(tied=True).save_pretrained(root / "tied")
+    tiny_model(seed=1).save_pretrained(root / "other")
+    write_rows(root / "ids.jsonl", id_rows(31))
+    write_rows(root / "held.jsonl", id_rows(7, seed=1))
+    return root
+
+
+@pytest.fixture
+def quick_toy(tmp_path, monkeypatch):
+    """A toy job of seconds, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "TOY_PAIRS", 96)
+    monkeypatch.setattr(toy, "fit_reference", partial(toy.fit_reference, steps=3))
+    return tmp_path / "out" / "toy"

@@ -1,0 +1,192 @@
+"""Mistakes that real ports make, put into the code one at a time; the tests must notice every one.
+
+    python -m tests.mutants                 all of them (about 20 minutes on two cores), a line each and a count at the end
+    python -m tests.mutants epsdpo mask     those whose file or name contains a word
+
+A mutant is a copy of the repository with one piece of text replaced. It is killed when the tests named beside it fail (or
+do not finish in time); the unchanged copy must pass them, or a kill would mean nothing. Exit status 1 if any survives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    file: str
+    mistake: str
+    old: str  # stands exactly once in the file
+    new: str
+
+
+TESTS = {
+    "epsdpo.py": ["tests/test_epsdpo.py"],
+    "data.py": ["tests/test_data.py", "tests/test_data_text.py"],
+    "model.py": ["tests/test_model.py", "tests/test_safetensors.py"],
+    "toy.py": ["tests/test_toy.py"],
+    "train.py": ["tests/test_train.py", "tests/test_resume.py"],
+}
+
+MUTANTS = [
+    Mutant(*fields)
+    for file, mutants in {
+        "epsdpo.py": [
+            ("perturbation with the wrong sign", "policy_logits + s * (", "policy_logits - s * ("),
+            ("β⁻ and β⁺ swapped", "for s in (epsilon, -epsilon))", "for s in (-epsilon, epsilon))"),
+            ("u without d at the label", "u = d.sub_(d_y)", "u = d"),
+            ("log1p without the minus", "(-log_mean_exp(s * u", "(log_mean_exp(s * u"),
+            ("expectation under the wrong model", "log_p = f.log_softmax(-1)  # (n, V)", "log_p = f_ref.log_softmax(-1)"),
+            ("log-softmax over the wrong axis", "p = log_p.exp()", "p = f.softmax(0)"),
+            ("KL as it cancels", "torch.where(x.abs() < 0.1, series, x.expm1() - x)", "x.expm1() - x"),
+            ("KL with the sign of c turned", "minus_c = u_mean[:, None] - u", "minus_c = u - u_mean[:, None]"),
+            ("no float64 where exp overflows", "far = ~(size < limit)", "far = size < 0"),
+            ("ε forgotten in the float64 limit", "min(FLOAT64_FROM, 1 / epsilon) if epsilon", "1e9 if epsilon"),
+            ("not finite passes in silence", "if not stats.floor.isfinite().all():", "if False:"),
+            ("reference log-probability without the KL", "(u_mean.double() - kl)", "u_mean.double()"),
+            ("sums of responses in float32", "dtype=torch.float64, device=x.device).index_add(0, owner, x.double())",
+             "device=x.device).index_add(0, owner, x.float())"),
+            ("steps with a tie counted as monotone", "(delta_minus > 0) & (delta_plus < 0)",
+             "(delta_minus >= 0) & (delta_plus < 0)"),
+            ("one side is enough to lower", "(delta_minus > 0) & (delta_plus < 0)", "(delta_minus > 0)"),
+            ("lower and raise swapped", "lower.long() - raise_.long()", "raise_.long() - lower.long()"),
+            ("NaN keeps β", "if not (delta_minus.isfinite().all() and delta_plus.isfinite().all()):", "if False:"),
+            ("β̃ of lower and raise swapped", "beta / (1 + epsilon_step), beta / (1 - epsilon_step))",
+             "beta / (1 - epsilon_step), beta / (1 + epsilon_step))"),
+            ("β̃ by multiplication", "(beta, beta / (1 + epsilon_step),", "(beta, beta * (1 - epsilon_step),"),
+            ("loss at β, not at β̃", "-F.logsigmoid(beta_pair * margin)", "-F.logsigmoid(beta * margin)"),
+            ("loss with the sign of the margin turned", "-F.logsigmoid(beta_pair * margin)",
+             "-F.logsigmoid(-beta_pair * margin)"),
+            ("margin without the reference", "(rejected.logp.double() - rejected.ref_logp.double())",
+             "rejected.logp.double()"),
+            ("sum of the losses for their mean", "EpsDPOLoss(losses.mean(), losses", "EpsDPOLoss(losses.sum(), losses"),
+            ("harmonic mean", "beta * ((n_lower / (1 + epsilon_step) + n_keep + n_raise / (1 - epsilon_step)) / n)",
+             "beta * n / (n_lower * (1 + epsilon_step) + n_keep + n_raise * (1 - epsilon_step))"),
+            ("β·n/n is not always β", "beta * ((n_lower / (1 + epsilon_step) + n_keep + n_raise / (1 - epsilon_step)) / n)",
+             "(beta * n_lower / (1 + epsilon_step) + beta * n_keep + beta * n_raise / (1 - epsilon_step)) / n"),
+            ("gradient of the last chunk alone", "grad_weight.addmm_(g_logits.T, h)",
+             "grad_weight.copy_(g_logits.T @ h)"),
+            ("gradient without the label", ".scatter_add_(-1, y, g)  #", "  #"),
+            ("autocast left on around the head", "torch.autocast(x.device.type, enabled=False)",
+             "torch.autocast(x.device.type, torch.bfloat16)"),
+            ("logits of bf16 left in bf16", "return x if x.dtype == torch.float64 else x.float()", "return x"),
+            ("floor of nothing", "2.0**-16 * (u_abs", "2.0**-40 * (u_abs"),
+            ("floor without the rounding of d", "floor += epsilon * 2.0**-23", "floor += 0 * 2.0**-23"),
+            ("label outside the vocabulary", "if labels.numel() and not 0 <=", "if False and not 0 <="),
+            ("float64 branch that trusts clipped terms", "torch.where(far.abs() < 0.4,", "torch.where(far.abs() < 1e9,"),
+        ],
+        "data.py": [
+            ("source one place too early", "np.arange(-1, size * width - 1)", "np.arange(-2, size * width - 2)"),
+            ("source is the token itself", "np.arange(-1, size * width - 1)", "np.arange(0, size * width)"),
+            ("the last prompt token predicts only one response", "source[i, p + c] = source[i, p]", "pass"),
+            ("positions not restarted", "np.r_[0 : p + c, p : p + r]", "np.arange(p + c + r)"),
+            ("both responses owned by the chosen one", "size * (segments == 2)", "0 * (segments == 2)"),
+            ("pads counted as prompt", "segments = np.full((size, width), -1)", "segments = np.full((size, width), 0)"),
+            ("prompt tokens predicted too", "response = segments > 0", "response = segments > -1"),
+            ("micro-batches that lose a pair", "groups[-1].append(i)", "pass"),
+            ("budget that forgets the padding", "lengths[groups[-1][0]] <= token_budget", "1 <= token_budget"),
+            ("one order for all epochs", "default_rng((seed, epoch))", "default_rng(seed)"),
+            ("prompt cut on its right", "prompt[len(prompt) - keep + bos :]", "prompt[bos:keep]"),
+            ("responses cut by their own lengths", "max(max_length - max(len(chosen), len(rejected)), max_prompt_length)",
+             "max(max_length - len(chosen), max_prompt_length)"),
+            ("end token twice", "if not ended and whole[-1] != tokenizer.eos:", "if True:"),
+            ("blank means empty", "not said.strip()", "not said"),
+        ],
+        "model.py": [
+            ("rejected sees chosen", "(key == 0) & (query >= 0) | (key == query)", "(query >= 0)"),
+            ("a response sees itself alone", "(key == 0) & (query >= 0) | (key == query)", "(key == query)"),
+            ("pads attend to the prompt and are attended to", "(key >= 0) & ((key == 0)", "((key <= 0)"),
+            ("no causality", "seen = (places[:, None] >= places)", "seen = (places[:, None] >= places - 1)"),
+            ("window by one too wide", "positions[:, None, :] < window)", "positions[:, None, :] <= window)"),
+            ("window by row place", "(positions[:, :, None] - positions[:, None, :] < window)",
+             "(places[:, None] - places < window)"),
+            ("RoPE with interleaved pairs", "a, b = x.chunk(2, dim=-1)", "a, b = x[..., ::2], x[..., 1::2]"),
+            ("RoPE turned the other way", "(a * cos - b * sin, b * cos + a * sin)", "(a * cos + b * sin, b * cos - a * sin)"),
+            ("keys and heads matched wrongly", "y.repeat_interleave(self.groups, dim=1)", "y.repeat(1, self.groups, 1, 1)"),
+            ("norm without eps", "wide.pow(2).mean(-1, keepdim=True) + self.eps", "wide.pow(2).mean(-1, keepdim=True)"),
+            ("head before the last norm", "x = self.model.norm(x if source is None else x.flatten(0, 1)[source])",
+             "x = x if source is None else x.flatten(0, 1)[source]"),
+            ("positions ignored", "cos, sin = rope(self.config, positions[:, -T:])",
+             "cos, sin = rope(self.config, torch.arange(positions.shape[1])[None, -T:].expand(positions[:, -T:].shape))"),
+            ("gate and up swapped", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
+            ("untied after loading", "model.to_empty(device=\"cpu\")._tie()", "model.to_empty(device=\"cpu\")"),
+            ("a different head of a tied model passes", "_require(same, f\"{folder}: tie", "_require(True, f\"{folder}: tie"),
+            ("file longer than its tensors", "require(base + end == length,", "require(base + end <= length,"),
+            ("shared ranges of the data", 'fits = info["data_offsets"] == [start, end]', 'fits = info["data_offsets"][1] >= 0'),
+        ],
+        "toy.py": [
+            ("a doubled letter earns a point", "return hits - doubled.sum(-1)", "return hits + doubled.sum(-1)"),
+            ("a tie is a loss", "theirs.cumsum(1) - theirs / 2", "theirs.cumsum(1) - theirs"),
+            ("preferences turned round", "torch.sigmoid(scale * (r[:, 0] - r[:, 1]))", "torch.sigmoid(scale * (r[:, 1] - r[:, 0]))"),
+            ("optimum at 1/β", "reward.double() / beta", "reward.double() * beta"),
+        ],
+        "train.py": [
+            ("β updated with every micro-batch", "parts.append(totals(result,",
+             "method.beta *= 0.999; parts.append(totals(result,"),
+            ("mean over micro-batches", "(result.losses.sum() * (world / len(batch))).backward()",
+             "(result.losses.mean()).backward()"),
+            ("a tie counts as right", "(out.margin > 0).sum()", "(out.margin >= 0).sum()"),
+            ("rewards with β̃", "\"rewards/margins\": (beta * out.margin).sum()",
+             "\"rewards/margins\": (out.beta * out.margin).sum()"),
+            ("first learning rate zero", "flags.lr * (step + 1) / warmup", "flags.lr * step / warmup"),
+            ("learning rate that rises after the end", "min(1.0, (step - warmup)", "min(9.0, (step - warmup)"),
+            ("the reference is trained", "reference.requires_grad_(False)", "reference.requires_grad_(True)"),
+            ("ε_s in the check", "compare(policy, reference, micro, flags.epsilon_check, flags.dtype)",
+             "compare(policy, reference, micro, flags.epsilon_step, flags.dtype)"),
+            ("next β in the log", "        beta = method.beta\n        method.after_step(sums, policy, reference)\n",
+             "        method.after_step(sums, policy, reference)\n        beta = method.beta\n"),
+            ("not finite is stepped on", "if not (math.isfinite(sums[\"loss\"]) and math.isfinite(norm)):", "if False:"),
+            ("gradients pile up", "        optimizer.zero_grad()\n", ""),
+            ("chosen and rejected swapped", "return TokenStats(*(x[:size] for x in sums)), TokenStats(*(x[size:] for x in sums))",
+             "return TokenStats(*(x[size:] for x in sums)), TokenStats(*(x[:size] for x in sums))"),
+            ("resume one step late", "return state[\"step\"], lines", "return state[\"step\"] + 1, lines"),
+            ("resume without β", "    vars(method).update(state[\"method\"])\n", ""),
+            ("the same pairs in every step", "[place * flags.batch_size :]", "[0:]"),
+        ],
+    }.items()
+    for fields in ((file, *mutant) for mutant in mutants)
+]  # fmt: skip
+
+
+def passes(folder: Path, tests: list[str], seconds: float) -> bool:
+    present = [test for test in tests if (folder / test).exists()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *present]
+    try:
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=seconds, env=environment)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.mistake}" for word in words)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "copy"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".hypothesis"))
+        for file in sorted({m.file for m in chosen}):
+            if not passes(folder, TESTS[file], 900):
+                print(f"{file}: its tests fail on the code as it is; a kill would mean nothing")
+                return 1
+        for m in chosen:
+            text = (folder / m.file).read_text(encoding="utf-8")
+            if text.count(m.old) != 1:
+                print(f"{m.file}: {m.mistake}: its text stands there {text.count(m.old)} times, not once")
+                return 1
+            (folder / m.file).write_text(text.replace(m.old, m.new), encoding="utf-8")
+            alive = passes(folder, TESTS[m.file], 900)
+            (folder / m.file).write_text(text, encoding="utf-8")
+            survivors += [m] * alive
+            print(f"{'SURVIVES' if alive else 'killed  '}  {m.file:10} {m.mistake}", flush=True)
+    print(f"{len(chosen)} mutants, {len(chosen) - len(survivors)} killed, {len(survivors)} survive")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,311 @@
+"""Two processes (gloo, FSDP2) against one: gradients first, then whole runs, errors, stops and checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data import collate
+from model import GPT, load_safetensors
+from tests.runs import (
+    VOCAB,
+    argv_of,
+    id_rows,
+    nudged,
+    pairs_of,
+    read_metrics,
+    run,
+    run_many,
+    snapshot,
+    steps_of,
+    tiny_model,
+    write_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("alone")
+FLOAT64 = (  # both models in double precision, where two orders of adding up cannot change a decision
+    "original = train.GPT.from_pretrained\ntrain.GPT.from_pretrained = lambda folder: original(folder).double()\n"
+)
+GRADIENTS = (  # what the optimizer is given at its first step, whole
+    "step = torch.optim.AdamW.step\n"
+    "def spy(self, *args, **kwargs):\n"
+    "    grads = [p.grad for group in self.param_groups for p in group['params']]\n"
+    "    grads = [g.full_tensor() if hasattr(g, 'full_tensor') else g for g in grads]\n"
+    "    if os.environ.get('RANK', '0') == '0' and not os.path.exists('FILE'): torch.save(grads, 'FILE')\n"
+    "    return step(self, *args, **kwargs)\n"
+    "torch.optim.AdamW.step = spy\n"
+)
+
+
+def stopped_after(step: int) -> str:
+    """Lines that send the process SIGINT in the step before, so that it stops after step `step`."""
+    return (
+        "original_rate = train.learning_rate\n"
+        "def learning_rate(now, *rest):\n"
+        f"    if now == {step - 2}: os.kill(os.getpid(), 2)\n"
+        "    return original_rate(now, *rest)\n"
+        "train.learning_rate = learning_rate\n"
+    )
+
+
+def two(argv, folder: Path, before: str = "", **options):
+    """Two processes with the same injected lines; both must end well."""
+    codes, logs = run_many(argv, folder, before={0: before, 1: before}, **options)
+    assert codes == [0, 0], "\n".join(logs)
+    return logs
+
+
+def one(argv, folder: Path, before: str = "") -> str:
+    code, log = run(argv, folder, before=before)
+    assert code == 0, log
+    return log
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_safetensors(out / "model" / "model.safetensors")
+
+
+def furthest(a: Path, b: Path) -> float:
+    a, b = weights_of(a), weights_of(b)
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def assert_same_lines(a: Path, b: Path, tolerance: float) -> None:
+    """The same steps, β equal to the bit, all else within `tolerance` of its scale."""
+    a, b = read_metrics(a), read_metrics(b)
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        if "beta" in x:
+            assert x["beta"] == y["beta"]
+        for key in x:
+            assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (x["step"], key)
+
+
+# ---- before anything else: the gradient ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["model", "tied"])
+def test_the_gradient_of_two_processes_is_that_of_one(model, folder, tmp_path):
+    found = {}
+    for name, start in {"one": one, "two": two}.items():
+        argv = argv_of(folder, tmp_path / name, "--steps", 1, "--batch-size", 9, "--clip", 1e9, model=model)
+        start(argv, tmp_path, GRADIENTS.replace("FILE", str(tmp_path / f"{name}.pt")))
+        found[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+    names = [name for name, _ in GPT.from_pretrained(folder / model).named_parameters()]
+    assert len(found["one"]) == len(found["two"]) == len(names)
+    for name, a, b in zip(names, found["two"], found["one"]):
+        assert b.abs().max() > 1e-6, name  # nothing was lost in one process either
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(b.abs().max()), msg=name)
+    assert ("lm_head.weight" in names) == (model == "model")
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+RUNS = {  # options, and what is hard about them
+    "uneven last batches, several micro-batches": [],
+    "a process without a pair in every step": ["--batch-size", 1, "--steps", 6],
+    "a process without a pair in some micro-batches": ["--batch-size", 3, "--micro-tokens", 1, "--steps", 8],
+    "rows dropped by truncation": ["--max-length", 6, "--max-prompt-length", 5],
+}
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_two_processes_end_where_one_ends_in_float64(what, folder, tmp_path):
+    data = write_rows(
+        tmp_path / "ids.jsonl",
+        id_rows(20) + [{"prompt": [1, 2, 3, 4, 5, 6], "chosen": [7, 8], "rejected": [7, 9]}] + id_rows(5, seed=4),
+    )
+    for name, start in {"one": one, "two": two}.items():
+        argv = argv_of(folder, tmp_path / name, "--epochs", 1, "--eval-every", 2, *RUNS[what], data=str(data))
+        logs = start(argv, tmp_path, FLOAT64)
+        if "dropped" in what:
+            assert "1 rows dropped" in (logs if name == "one" else logs[0])
+    assert_same_lines(tmp_path / "two", tmp_path / "one", 1e-9)
+    assert len({line["beta"] for line in steps_of(read_metrics(tmp_path / "one"))}) > 2
+    assert furthest(tmp_path / "one", tmp_path / "two") <= 1e-4 * 1e-2  # of the learning rate (files are float32)
+
+
+def test_two_processes_end_where_one_ends_in_float32(folder, tmp_path):
+    one(argv_of(folder, tmp_path / "one", "--eval-every", 4, model="tied"), tmp_path)
+    logs = two(argv_of(folder, tmp_path / "two", "--eval-every", 4, model="tied"), tmp_path)
+    assert_same_lines(tmp_path / "two", tmp_path / "one", 1e-3)
+    assert furthest(tmp_path / "one", tmp_path / "two") <= 0.1 * 1e-2  # a tenth of a learning rate, after twelve steps
+    assert [line["step"] for line in steps_of(read_metrics(tmp_path / "two"))] == list(range(1, 13))  # written once
+    assert "pairs kept" in logs[0] and "wrote" in logs[0]
+    assert "pairs kept" not in logs[1] and "wrote" not in logs[1]
+    files = {path.name for path in (tmp_path / "two").iterdir()}
+    assert files == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+def test_decisions_agree_wherever_they_are_clear():
+    """What the split of a batch may change: only steps whose |Δ| is within ten times the change of Δ it brings."""
+    reference, pairs = tiny_model(), pairs_of(id_rows(64))
+    for scale in (1e-6, 1e-4, 1e-2):
+        policy = nudged(reference, scale)
+
+        def deltas(groups, policy=policy):
+            found = {}
+            for group in groups:
+                with torch.no_grad():
+                    w, l = train.compare(policy, reference, collate(group), 0.05, "float32")
+                for i, pair in enumerate(group):
+                    found[pair.line] = w.delta_minus[i] - l.delta_minus[i], w.delta_plus[i] - l.delta_plus[i]
+            return torch.stack([torch.stack(found[pair.line]) for pair in pairs])  # (64, 2)
+
+        whole, alone = deltas([pairs]), deltas([[pair] for pair in pairs])
+        clear = (whole.abs() > 10 * (whole - alone).abs().max()).all(1)
+        assert clear.sum() > (8 if scale == 1e-6 else 48)
+        assert torch.equal(whole.sign()[clear], alone.sign()[clear])
+
+
+# ---- stops and errors ------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(folder, tmp_path):
+    out = tmp_path / "out"
+    argv = argv_of(folder, out)
+    codes, logs = run_many(argv, tmp_path, before={1: stopped_after(5)})
+    assert codes == [130, 130], "\n".join(logs)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert [line["step"] for line in read_metrics(out) if "loss" in line] == [1, 2, 3, 4, 5]
+    assert "--resume" in logs[0]
+
+
+FAULTS = {  # what goes wrong on process 1 alone, in its fourth step
+    "an error": "raise RuntimeError('one process broke')",
+    "bad data": "raise ValueError('a row nobody expected')",
+    "a kill": "os.kill(os.getpid(), 9)",
+    "a NaN": "policy.model.norm.register_forward_hook(lambda m, i, o: o * float('nan'))",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_one_process_ends_all_at_once(fault, folder, tmp_path):
+    out = tmp_path / "out"
+    before = (
+        "original, n = train.compare, [0]\n"
+        "def compare(policy, *rest):\n"
+        "    n[0] += torch.is_grad_enabled()\n"
+        f"    if n[0] == 10: {FAULTS[fault]}\n"
+        "    return original(policy, *rest)\n"
+        "train.compare = compare\n"
+    )
+    started = time.monotonic()
+    codes, logs = run_many(argv_of(folder, out, "--save-every", 1), tmp_path, before={1: before}, timeout=100)
+    assert time.monotonic() - started < 100 and 0 not in codes
+    if fault in ("bad data", "a NaN"):
+        assert codes[1] == 2 and re.search(r"train.py: error: .*step \d.*ids.jsonl:\d", logs[1]), logs[1]
+    done = [line["step"] for line in steps_of(read_metrics(out))]
+    assert done and torch.load(out / "checkpoint.pt", weights_only=True)["step"] == done[-1] < 12
+    two([*argv_of(folder, out, "--save-every", 1), "--resume"], tmp_path)  # and it can go on
+    whole = tmp_path / "whole"
+    two(argv_of(folder, whole), tmp_path)
+    assert snapshot(whole / "model") == snapshot(out / "model") and read_metrics(whole) == read_metrics(out)
+
+
+def test_weights_that_are_not_finite_in_the_rows_of_one_process_stop_all(folder, tmp_path):
+    rows = id_rows(8, vocab=VOCAB - 1)
+    rows[2]["chosen"] = [VOCAB - 1, *rows[2]["chosen"]]
+    bad = tiny_model()
+    with torch.no_grad():
+        bad.model.embed_tokens.weight[VOCAB - 1] = 3e38  # finite, but not for long
+        bad.lm_head.weight[VOCAB - 1] = 0.0
+    bad.save_pretrained(tmp_path / "bad")
+    argv = argv_of(folder, tmp_path / "out", "--eval-size", 0, model=str(tmp_path / "bad"))
+    argv[argv.index("--data") + 1] = str(write_rows(tmp_path / "ids.jsonl", rows))
+    codes, logs = run_many(argv, tmp_path)
+    assert 0 not in codes and 2 in codes
+    assert any(re.search(r"error: .*ids.jsonl:3\b", log) for log in logs), logs
+
+
+def test_errors_that_all_processes_meet_are_one_line_each(folder, tmp_path):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "metrics.jsonl").write_text("{}\n")
+    for argv, named in (
+        (argv_of(folder, tmp_path / "held"), "--overwrite"),
+        (argv_of(folder, tmp_path / "new", data="absent.jsonl"), "absent.jsonl"),
+        (["--steps", "1"], "one process"),
+    ):
+        codes, logs = run_many(argv, tmp_path)
+        assert codes == [2, 2] and named in logs[0] and not any("Traceback" in log for log in logs)
+
+
+def test_torchrun_ends_when_one_process_fails(folder, tmp_path):
+    root = Path(train.__file__).resolve().parent
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import os, sys, train\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    original = train.learning_rate\n"
+        "    train.learning_rate = lambda s, *r: 1 / 0 if s == 2 else original(s, *r)\n"
+        "sys.exit(train.main())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    done = subprocess.run(
+        [*command, *argv_of(folder, tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
+    assert [line["step"] for line in steps_of(read_metrics(tmp_path / "out"))] == [1, 2]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ends(folder, tmp_path_factory):
+    """Undisturbed runs of one process and of two, and runs of both that were stopped after step 7."""
+    root = tmp_path_factory.mktemp("ends")
+    stop = FLOAT64 + stopped_after(7)
+    one(argv_of(folder, root / "one"), root, FLOAT64)
+    two(argv_of(folder, root / "two"), root, FLOAT64)
+    assert run(argv_of(folder, root / "one stopped"), root, before=stop)[0] == 130
+    assert run_many(argv_of(folder, root / "two stopped"), root, before={0: stop, 1: stop})[0] == [130, 130]
+    return root
+
+
+@pytest.mark.parametrize("stopped, resumed", [("one", "two"), ("two", "one"), ("two", "two")])
+def test_a_run_may_be_resumed_by_another_number_of_processes(stopped, resumed, folder, ends, tmp_path):
+    out = Path(shutil.copytree(ends / f"{stopped} stopped", tmp_path / "out"))
+    {"one": one, "two": two}[resumed](argv_of(folder, out, "--resume"), tmp_path, FLOAT64)
+    if stopped == resumed:
+        assert snapshot(out / "model") == snapshot(ends / "two" / "model")
+        assert read_metrics(out) == read_metrics(ends / "two")
+    else:
+        assert_same_lines(out, ends / "one", 1e-9)
+        assert furthest(out, ends / "one") <= 1e-4 * 1e-2  # of the learning rate
+
+
+def test_what_two_processes_save_is_what_one_would_save(ends):
+    states = [torch.load(ends / f"{n} stopped" / "checkpoint.pt", weights_only=True) for n in ("one", "two")]
+    assert states[0]["step"] == states[1]["step"] == 7 and states[0]["identity"] == states[1]["identity"]
+    assert states[0]["method"] == states[1]["method"]
+    for part in ("weights", "moments"):
+        flat = [dict(walk(state[part])) for state in states]
+        assert flat[0].keys() == flat[1].keys()
+        for key, a in flat[0].items():
+            if isinstance(a, torch.Tensor):
+                assert a.shape == flat[1][key].shape
+                torch.testing.assert_close(a, flat[1][key], rtol=1e-6, atol=1e-9, msg=str(key))
+
+
+def walk(x, path=()):
+    if isinstance(x, dict):
+        for key, value in x.items():
+            yield from walk(value, (*path, key))
+    else:
+        yield path, x

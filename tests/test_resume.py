@@ -1,0 +1,595 @@
+"""Runs that are stopped, killed or refused: they end, to the bit, where an undisturbed one ends, or touch nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import GPT
+from tests.runs import (
+    Run,
+    argv_of,
+    ended,
+    id_rows,
+    read_metrics,
+    real,
+    run,
+    same_bits,
+    snapshot,
+    steps_of,
+    write_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("alone")
+STEPS = 12  # of the run that argv_of describes: three epochs of 8, 8, 8 and 7 pairs, each in several micro-batches
+
+
+class Killed(BaseException):
+    """A run that ends here and now."""
+
+
+def end_of(out: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """What must be equal to the bit: the final model's folder, and the metrics without times."""
+    return snapshot(out / "model"), read_metrics(out)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    out = folder / "undisturbed"
+    if not out.exists():
+        with pytest.MonkeyPatch.context() as m:
+            m.setitem(sys.modules, "matplotlib.figure", None)
+            torch.set_num_threads(1)
+            assert train.main(argv_of(folder, out, "--eval-every", 5)) == 0
+    assert [line["step"] for line in steps_of(read_metrics(out))] == list(range(1, STEPS + 1))
+    return end_of(out)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Call `act` in the middle of a step, counted from 0: when its learning rate is asked for.
+
+    A signal is then noticed in the next step, after which the run stops: step + 2 are done.
+    """
+    original = train.learning_rate
+
+    def learning_rate(now, *rest):
+        if now == step:
+            act()
+        return original(now, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+# ---- stopped at every step -------------------------------------------------------------------------------------------
+
+
+def soon(monkeypatch, number: int) -> None:
+    """A signal when a run first compares the two models: in its first step, or in the evaluation before it."""
+    original, sent = train.compare, []
+
+    def compare(*args):
+        if not sent:
+            sent.append(os.kill(os.getpid(), number))
+        return original(*args)
+
+    monkeypatch.setattr(train, "compare", compare)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_every_step_saves_and_says_how_to_go_on(number, folder, undisturbed, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = argv_of(folder, out, "--eval-every", 5)
+    for step in range(1, STEPS + 1):  # one run, stopped in each of its steps
+        with pytest.MonkeyPatch.context() as m:
+            soon(m, number)
+            code, said = ended([*argv, *(["--resume"] if step > 1 else [])], capsys)
+        assert [line["step"] for line in steps_of(read_metrics(out))] == list(range(1, step + 1))
+        if step < STEPS:
+            assert code == 130 and "--resume" in said and str(out) in said and f"step {step}" in said
+            assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == step
+            assert not (out / "model").exists()
+        else:
+            assert code == 0  # that was the last one anyway
+    assert end_of(out) == undisturbed
+
+
+def test_killed_after_any_step_and_resumed_from_a_save_before_it(folder, undisturbed, tmp_path, monkeypatch):
+    for step in range(0, STEPS):
+        out, every = tmp_path / f"out{step}", 1 + step % 4
+
+        def die():
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as m:
+            at_step(m, step, die)
+            with pytest.raises(Killed):
+                train.main(argv_of(folder, out, "--save-every", every, "--eval-every", 5))
+        assert (out / "checkpoint.pt").exists() == (step >= every)
+        with open(out / "metrics.jsonl", "a") as f:
+            f.write('{"step": 7, "lo')  # the last line of a killed process may be torn
+        assert train.main(argv_of(folder, out, "--save-every", every, "--eval-every", 5, "--resume")) == 0
+        assert end_of(out) == undisturbed
+
+
+def test_a_run_that_has_ended_may_be_resumed_and_stays_as_it_is(folder, undisturbed, tmp_path):
+    argv = argv_of(folder, tmp_path / "out", "--save-every", 5, "--eval-every", 5)
+    assert train.main(argv) == 0
+    assert end_of(tmp_path / "out") == undisturbed
+    assert train.main([*argv, "--resume"]) == 0
+    assert end_of(tmp_path / "out") == undisturbed
+
+
+def test_what_may_change_on_resume_changes_nothing(folder, undisturbed, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 6, interrupt)
+    assert train.main(argv_of(folder, tmp_path / "a", "--eval-every", 5)) == 130
+    monkeypatch.undo()
+    shutil.move(tmp_path / "a", tmp_path / "b")  # another folder, and copies of data and model
+    shutil.copytree(folder / "model", tmp_path / "model copy")
+    shutil.copy(folder / "ids.jsonl", tmp_path / "same.jsonl")
+    argv = argv_of(
+        folder, tmp_path / "b", "--resume", model=str(tmp_path / "model copy"), data=str(tmp_path / "same.jsonl")
+    )
+    assert train.main([*argv, "--eval-every", "5", "--save-every", "3", "--samples", "0", "--device", "cpu"]) == 0
+    assert end_of(tmp_path / "b") == undisturbed
+
+
+def test_other_micro_batches_on_resume_differ_in_last_bits_only(folder, undisturbed, tmp_path, monkeypatch):
+    at_step(monkeypatch, 6, interrupt)
+    argv = argv_of(folder, tmp_path / "out", "--eval-every", 5)
+    assert train.main(argv) == 130
+    monkeypatch.undo()
+    assert train.main([*argv, "--resume", "--micro-tokens", "500"]) == 0
+    for line, other in zip(read_metrics(tmp_path / "out"), undisturbed[1]):
+        assert line == pytest.approx(other, rel=1e-2, abs=1e-3)
+
+
+def test_the_reference_comes_from_where_it_came_from_at_first(folder, tmp_path, monkeypatch):
+    at_step(monkeypatch, 6, interrupt)
+    argv = argv_of(folder, tmp_path / "out")
+    assert train.main(argv) == 130
+    monkeypatch.undo()
+    seen, original = {}, train.compare
+
+    def spy(policy, reference, *rest):
+        seen.update(policy=policy, reference=reference)
+        return original(policy, reference, *rest)
+
+    monkeypatch.setattr(train, "compare", spy)
+    assert train.main([*argv, "--resume"]) == 0
+    assert same_bits(seen["reference"], GPT.from_pretrained(folder / "model"))
+    assert not same_bits(seen["policy"], seen["reference"])
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_the_toy_stopped_and_resumed_says_the_same(step, quick_toy, capsys):
+    argv = ["--eval-size", "8", "--batch-size", "32", "--epochs", "2", "--micro-tokens", "64"]
+    assert train.main([*argv, "--out", "whole"]) == 0
+    said = capsys.readouterr().out.split("after ")[-1]
+    with pytest.MonkeyPatch.context() as m:
+        at_step(m, step, interrupt)
+        code, how = ended(argv, capsys)
+    assert code == 130 and "--resume" in how and "out/toy" in how
+    assert train.main([*argv, "--resume"]) == 0
+    assert capsys.readouterr().out.split("after ")[-1].replace("out/toy", "whole") == said
+    assert end_of(quick_toy) == end_of(Path("whole"))
+
+
+@pytest.mark.parametrize("step", [pytest.param(0, marks=real)])
+def test_a_real_run_stopped_and_resumed(step, tmp_path, monkeypatch, capsys):
+    model = os.environ["EPSDPO_CHECKPOINT"]
+    rows = id_rows(5, vocab=1000, longest=6)
+    argv = ["--model", model, "--data", write_rows(tmp_path / "ids.jsonl", rows), "--batch-size", 2, "--epochs", 2]
+    argv = [
+        str(a) for a in [*argv, "--micro-tokens", 12, "--eval-size", 1, "--lr", "1e-5", "--steps", 3, "--samples", 0]
+    ]
+    assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    at_step(monkeypatch, step, interrupt)
+    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 130
+    monkeypatch.undo()
+    assert train.main([*argv, "--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert end_of(tmp_path / "out") == end_of(tmp_path / "whole")
+
+
+def test_a_second_signal_stops_at_once(folder, tmp_path, capsys, monkeypatch):
+    at_step(monkeypatch, 3, lambda: [interrupt(), interrupt()])
+    code, said = ended(argv_of(folder, tmp_path / "out"), capsys)
+    assert code == 130 and len(steps_of(read_metrics(tmp_path / "out"))) == 3
+
+
+def test_signals_are_given_back_after_training(folder, tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert train.main(argv_of(folder, tmp_path / "out", "--steps", 1)) == 0
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---- killed ----------------------------------------------------------------------------------------------------------
+
+
+def kill_at_random(folder: Path, tmp_path: Path, kills: int) -> list[int]:
+    """Kill processes at random moments until `kills` have died, resume each, compare each end. Lines at each kill."""
+    dice, where, out = random.Random(0), [], tmp_path / "out"
+    options = ["--epochs", 10, "--save-every", 1, "--eval-every", 7]
+    code, log = run(argv_of(folder, tmp_path / "whole", *options), tmp_path)
+    assert code == 0, log
+    argv, wanted, metrics = argv_of(folder, out, *options), end_of(tmp_path / "whole"), out / "metrics.jsonl"
+
+    def size() -> int:
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    def more() -> list[str]:
+        return ["--resume"] if (out / "flags.json").exists() else []
+
+    while len(where) < kills:
+        process = Run([*argv, *more()], tmp_path / "log")
+        steps = dice.choice([0, 0, 1, 2, 5, 12])
+        if steps:
+            enough = size() + 600 * steps  # a line has about 700 bytes
+            process.wait_for(lambda enough=enough: size() > enough)
+        process.process.join(dice.random() * (0.15 if steps else 1.5))  # in a step, a save, an evaluation, a start
+        process.kill()
+        if process.process.exitcode == -signal.SIGKILL:
+            where.append(len(metrics.read_bytes().splitlines()) if metrics.exists() else -1)
+        else:
+            assert process.process.exitcode == 0, process.log
+            assert end_of(out) == wanted
+            shutil.rmtree(out)
+    code, log = run([*argv, *more()], tmp_path)
+    assert code == 0, log
+    assert end_of(out) == wanted
+    assert not [name for name in snapshot(out) if name.endswith(".tmp")], "left over from a kill"
+    return where
+
+
+def test_killed_at_5_random_moments(folder, tmp_path):
+    assert len(kill_at_random(folder, tmp_path, 5)) == 5
+
+
+@pytest.mark.slow
+def test_killed_at_100_random_moments(folder, tmp_path):
+    where = kill_at_random(folder, tmp_path, 100)
+    print(f"killed {len(where)} times, with so many lines of metrics: {where}")
+    assert len(where) == 100 and len(set(where)) > 10
+
+
+DURING = {  # the moments of a save that matter; each ends the process as kill -9 does
+    "before it": (
+        "orig = train.save_checkpoint\n"
+        "def save(out, step, *rest):\n"
+        "    if step == 6: os.kill(os.getpid(), 9)\n"
+        "    orig(out, step, *rest)\n"
+        "train.save_checkpoint = save"
+    ),
+    "half written": (
+        "orig = torch.save; n = [0]\n"
+        "def save(state, f):\n"
+        "    if state['step'] == 6:\n"
+        "        f.write(b'PK' + bytes(5000)); f.flush(); os.kill(os.getpid(), 9)\n"
+        "    orig(state, f)\n"
+        "torch.save = save"
+    ),
+    "written, not yet in place": (
+        "orig = os.replace; n = [0]\n"
+        "def replace(a, b):\n"
+        "    n[0] += str(b).endswith('checkpoint.pt')\n"
+        "    if n[0] == 2: os.kill(os.getpid(), 9)\n"
+        "    orig(a, b)\n"
+        "os.replace = replace"
+    ),
+    "in place": (
+        "orig = os.replace; n = [0]\n"
+        "def replace(a, b):\n"
+        "    orig(a, b); n[0] += str(b).endswith('checkpoint.pt')\n"
+        "    if n[0] == 2: os.kill(os.getpid(), 9)\n"
+        "os.replace = replace"
+    ),
+    "the model half written": (
+        "orig = os.replace\n"
+        "def replace(a, b):\n"
+        "    if str(b).endswith('config.json'): os.kill(os.getpid(), 9)\n"
+        "    orig(a, b)\n"
+        "os.replace = replace"
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", DURING)
+def test_killed_while_saving_leaves_the_old_or_the_new(moment, folder, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    argv = argv_of(folder, out, "--save-every", 3, "--eval-every", 5)
+    code, log = run(argv, tmp_path, before=DURING[moment])
+    assert code == -signal.SIGKILL, log
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == {"in place": 6, "the model half written": 12}.get(moment, 3)
+    assert train.main([*argv, "--resume"]) == 0
+    assert end_of(out) == undisturbed
+    left = {path.name for path in out.iterdir()}
+    assert left == {"checkpoint.pt", "metrics.jsonl", "model", "flags.json"}, (
+        "a killed save's leftovers are cleared away"
+    )
+
+
+# ---- refused, and nothing touched ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """A run that was stopped after step 7."""
+    out = folder / "stopped"
+    with pytest.MonkeyPatch.context() as m:
+        torch.set_num_threads(1)
+        m.setitem(sys.modules, "matplotlib.figure", None)
+        at_step(m, 5, interrupt)
+        assert train.main(argv_of(folder, out, "--eval-every", 5)) == 130
+    return out
+
+
+@pytest.fixture
+def own(stopped, tmp_path):
+    """A copy of it that a test may spoil."""
+    return Path(shutil.copytree(stopped, tmp_path / "own"))
+
+
+OTHER = {
+    "beta": "0.2",
+    "epsilon": "0.04",
+    "epsilon-check": "0.04",
+    "epsilon-step": "0.0",
+    "lr": "2e-2",
+    "warmup": "0.5",
+    "batch-size": "4",
+    "epochs": "4",
+    "steps": "40",
+    "clip": "0.5",
+    "weight-decay": "0.1",
+    "dtype": "bfloat16",
+    "seed": "1",
+    "max-length": "9",
+}
+
+
+@pytest.mark.parametrize("flag", OTHER)
+def test_other_flags_are_refused_and_nothing_is_touched(flag, folder, own, capsys):
+    before = snapshot(own)
+    code, said = ended(argv_of(folder, own, "--resume", "--eval-every", 5, f"--{flag}", OTHER[flag]), capsys)
+    assert code == 2 and "checkpoint.pt" in said
+    assert re.search({"epsilon": r"epsilon.(check|step)"}.get(flag, flag.replace("-", ".")), said), said
+    assert snapshot(own) == before
+
+
+def test_other_data_or_another_model_is_refused_and_nothing_is_touched(folder, own, tmp_path, capsys):
+    before, rows = snapshot(own), [json.loads(x) for x in (folder / "ids.jsonl").read_text().splitlines()]
+    rows[30]["rejected"][-1] ^= 1
+    one_token = write_rows(tmp_path / "one token.jsonl", rows)
+    shuffled = write_rows(
+        tmp_path / "shuffled.jsonl", [json.loads(x) for x in (folder / "ids.jsonl").read_text().splitlines()][::-1]
+    )
+    held = write_rows(tmp_path / "held.jsonl", id_rows(7, seed=2))
+    for argv, named in (
+        (argv_of(folder, own, "--resume", data=str(one_token)), "data"),
+        (argv_of(folder, own, "--resume", data=str(shuffled)), "data"),
+        (argv_of(folder, own, "--resume", "--eval-data", held), "data"),
+        (argv_of(folder, own, "--resume", model="other"), "model"),
+        (argv_of(folder, own, "--resume", model="tied"), "model"),
+    ):
+        code, said = ended(argv, capsys)
+        assert code == 2 and "checkpoint.pt" in said and named in said, said
+        assert snapshot(own) == before
+
+
+def test_the_same_weights_under_another_config_are_another_model(folder, own, tmp_path, capsys):
+    twisted = Path(shutil.copytree(folder / "model", tmp_path / "twisted"))
+    config = json.loads((twisted / "config.json").read_text())
+    (twisted / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+    before = snapshot(own)
+    code, said = ended(argv_of(folder, own, "--resume", model=str(twisted)), capsys)
+    assert code == 2 and "model" in said and snapshot(own) == before
+
+
+def test_the_toy_does_not_go_on_with_a_real_run(own, quick_toy, capsys):
+    before = snapshot(own)
+    code, said = ended(["--resume", "--out", own, "--eval-size", "8", "--batch-size", "32"], capsys)
+    assert code == 2 and "checkpoint.pt" in said and snapshot(own) == before
+
+
+def test_resume_of_nothing_is_refused(folder, tmp_path, capsys):
+    code, said = ended(argv_of(folder, tmp_path / "out", "--resume"), capsys)
+    assert code == 2 and "--resume" in said and str(tmp_path / "out") in said and not (tmp_path / "out").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/epsdpo-evil",))
+
+
+def damages(good: bytes) -> dict[str, bytes]:
+    dice, found = random.Random(0), {"empty": b"", "text": b"hello\n", "zeros": bytes(len(good))}
+    for cut in (1, 2, 22, 100, len(good) // 2, len(good) - 4):
+        found[f"short by {cut}"] = good[:-cut]
+    for _ in range(5):
+        at = dice.randrange(len(good))
+        found[f"hole at {at}"] = good[:at] + bytes(dice.randrange(256) for _ in range(3000)) + good[at + 3000 :]
+    return found
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(folder, own, capsys):
+    good = (own / "checkpoint.pt").read_bytes()
+    for name, data in damages(good).items():
+        (own / "checkpoint.pt").write_bytes(data)
+        before = snapshot(own)
+        code, said = ended(argv_of(folder, own, "--resume"), capsys)
+        assert code == 2 and str(own / "checkpoint.pt") in said, (name, said)
+        assert snapshot(own) == before, name
+    (own / "checkpoint.pt").write_bytes(good)
+    assert train.main(argv_of(folder, own, "--resume", "--eval-every", 5)) == 0
+
+
+def test_a_flipped_byte_anywhere_in_a_checkpoint_is_noticed(folder, own, undisturbed, capsys):
+    good, dice = (own / "checkpoint.pt").read_bytes(), random.Random(1)
+    for _ in range(20):
+        at = dice.randrange(len(good))
+        data = bytearray(good)
+        data[at] ^= 1 << dice.randrange(8)
+        (own / "checkpoint.pt").write_bytes(data)
+        code, said = ended(argv_of(folder, own, "--resume", "--eval-every", 5), capsys)
+        if code == 0:  # a byte between the parts, which says nothing
+            assert end_of(own) == undisturbed, f"bit flipped in byte {at} of {len(good)}"
+            shutil.rmtree(own / "model")
+        else:
+            assert code == 2 and str(own / "checkpoint.pt") in said
+
+
+def test_a_checkpoint_of_something_else_is_one_clear_error(folder, own, capsys):
+    state = torch.load(own / "checkpoint.pt", weights_only=True)
+    for name, other in {
+        "a list": [1, 2],
+        "a tensor": torch.ones(3),
+        "code": {"step": Evil()},
+        "no weights": {k: v for k, v in state.items() if k != "weights"},
+        "no identity": {k: v for k, v in state.items() if k != "identity"},
+        "no method": {k: v for k, v in state.items() if k != "method"},
+        "no step": {k: v for k, v in state.items() if k != "step"},
+        "a text for a step": state | {"step": "seven"},
+        "a negative step": state | {"step": -3},
+        "metrics that are none": state | {"metrics": "[{]"},
+        "one weight less": state | {"weights": dict(list(state["weights"].items())[1:])},
+        "weights of another shape": state | {"weights": {k: v[:1] for k, v in state["weights"].items()}},
+        "moments of another shape": state | {"moments": {"state": {}, "param_groups": []}},
+        "β below zero": state | {"method": state["method"] | {"beta": -1.0}},
+    }.items():
+        torch.save(other, own / "checkpoint.pt")
+        before = snapshot(own)
+        code, said = ended(argv_of(folder, own, "--resume"), capsys)
+        assert code == 2 and str(own / "checkpoint.pt") in said, (name, said)
+        assert snapshot(own) == before, name
+    assert not Path("/tmp/epsdpo-evil").exists()
+
+
+def test_a_checkpoint_holds_tensors_numbers_and_texts_only(stopped):
+    def walk(x):
+        if isinstance(x, dict):
+            for key, value in x.items():
+                assert type(key) in (str, int)
+                walk(value)
+        elif isinstance(x, (list, tuple)):
+            for value in x:
+                walk(value)
+        else:
+            assert x is None or type(x) in (int, float, str, bool, torch.Tensor), type(x)
+            if type(x) is torch.Tensor:
+                assert x.device.type == "cpu"
+
+    state = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    walk(state)
+    assert state["step"] == 7 and {t.dtype for t in state["weights"].values()} == {torch.float32}
+
+
+# ---- folders that cannot be written, disks that are full -------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_old_checkpoint_stays(folder, stopped, tmp_path):
+    size = (stopped / "checkpoint.pt").stat().st_size
+    for limit in (2_000, 5_000, size // 2, size - 100):
+        out = Path(shutil.copytree(stopped, tmp_path / f"own{limit}"))
+        before = snapshot(out)
+        code, log = run(argv_of(folder, out, "--resume", "--save-every", 1, "--eval-every", 5), tmp_path, limit=limit)
+        assert code == 2 and "Traceback" not in log, log
+        assert re.search(r"train.py: error: .*(checkpoint\.pt|metrics\.jsonl)", log), log
+        assert (out / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
+        assert not list(out.glob(".*")), "half a file was left"
+        assert train.main(argv_of(folder, out, "--resume", "--eval-every", 5)) == 0  # and the run can go on
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A function from options to a folder with a small file system of its own, where that is allowed."""
+    made = []
+
+    def mount(options: str) -> Path:
+        where = tmp_path / f"disk{len(made)}"
+        where.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", where], capture_output=True)
+        if done.returncode:
+            pytest.skip("no file system can be mounted here")
+        made.append(where)
+        return where
+
+    yield mount
+    for where in made:
+        subprocess.run(["umount", where], check=True)
+
+
+def test_a_disk_too_small_is_refused_before_training_time_is_spent(folder, mounted, capsys):
+    disk = mounted("size=60k")  # a checkpoint takes 90
+    code, said = ended(argv_of(folder, disk / "out", "--save-every", 3), capsys)
+    assert code == 2 and str(disk) in said
+    metrics = disk / "out" / "metrics.jsonl"
+    assert not metrics.exists() or not steps_of(read_metrics(disk / "out"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training_time_is_spent(folder, stopped, mounted, capsys):
+    disk = mounted("size=1m")
+    shutil.copytree(stopped, disk / "own")
+    before = snapshot(disk)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for argv in (
+        argv_of(folder, disk / "new"),
+        argv_of(folder, disk / "own", "--resume"),
+        argv_of(folder, disk / "own", "--overwrite"),
+    ):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(train, "compare", None)
+            code, said = ended(argv, capsys)
+        assert code == 2 and str(disk) in said and snapshot(disk) == before
+
+
+def test_an_out_that_is_a_file_or_below_one_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        for more in ([], ["--resume"], ["--overwrite"]):
+            code, said = ended(argv_of(folder, out, *more), capsys)
+            assert code == 2 and str(tmp_path / "file") in said and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": 3}', "\x00", '{"model": ""}'])
+def test_a_damaged_flags_json_is_no_traceback(content, folder, own, quick_toy, capsys):
+    (own / "flags.json").write_text(content)
+    code, said = ended(argv_of(folder, own), capsys)
+    assert code == 2 and str(own) in said
+    quick_toy.mkdir(parents=True)
+    shutil.copytree(own, quick_toy, dirs_exist_ok=True)
+    before = snapshot(quick_toy)
+    if content != '{"model": ""}':  # that is what a toy's own run says
+        code, said = ended(["--eval-size", "8", "--batch-size", "32", "--steps", "1"], capsys)
+        assert code == 2 and "out/toy" in said and snapshot(quick_toy) == before
+
+
+def test_overwrite_deletes_nothing_before_the_new_run_can_begin(folder, own, tmp_path, capsys):
+    before = snapshot(own)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    broken = Path(shutil.copytree(folder / "model", tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes(b"short")
+    for argv in (
+        argv_of(folder, own, "--overwrite", data="absent.jsonl"),
+        argv_of(folder, own, "--overwrite", data=str(bad)),
+        argv_of(folder, own, "--overwrite", model=str(broken)),
+        argv_of(folder, own, "--overwrite", "--eval-data", "absent.jsonl"),
+    ):
+        code, said = ended(argv, capsys)
+        assert code == 2
+        assert snapshot(own).items() >= {k: v for k, v in before.items() if k != "flags.json"}.items()

@@ -1,0 +1,873 @@
+"""train.py: one step against a step written apart, what a run must never do, and the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import toy
+import train
+from data import collate, row_length
+from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
+from model import GPT, load_safetensors
+from tests.runs import (
+    CHECKPOINT,
+    VOCAB,
+    argv_of,
+    ended,
+    flags_of,
+    id_rows,
+    nudged,
+    pairs_of,
+    read_metrics,
+    real,
+    same_bits,
+    snapshot,
+    steps_of,
+    tiny_model,
+    write_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("alone")
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def two_models(dtype=torch.float32, **options) -> tuple[GPT, GPT]:
+    return tiny_model(**options).to(dtype), tiny_model(**options).to(dtype)
+
+
+# ---- the whole step, written apart: plain sequences, textbook formulas, an optimizer by hand -------------------------
+
+
+def plain_step_stats(policy: GPT, reference: GPT, prompt, answer, epsilon: float):
+    """log π_θ(y), log π_ref(y) and log π(y) under β⁻ and β⁺ of one response, from one plain sequence per model."""
+    tokens, start = torch.tensor([[*prompt.tolist(), *answer.tolist()]]), len(prompt)
+    f, labels = policy(tokens)[0, start - 1 : -1], tokens[0, start:]
+    with torch.no_grad():
+        f_ref = reference(tokens)[0, start - 1 : -1]
+
+    def logp(logits):
+        return logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
+
+    with torch.no_grad():
+        minus, plus = (logp((1 + s) * f - s * f_ref) for s in (epsilon, -epsilon))
+    return logp(f), logp(f_ref), minus, plus
+
+
+def plain_training(policy: GPT, reference: GPT, pairs, order, flags: train.Flags):
+    """Losses, the β of each step and grad norms; `policy` is trained in place. `order`: the pairs' indices by step."""
+    parameters = list(policy.parameters())
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    beta, losses, betas, norms, steps = flags.beta, [], [], [], len(order)
+    for t, indices in enumerate(order, 1):
+        loss, perturbed = 0.0, []
+        for i in indices:
+            pair = pairs[i]
+            w = plain_step_stats(policy, reference, pair.prompt, pair.chosen, flags.epsilon_check)
+            l = plain_step_stats(policy, reference, pair.prompt, pair.rejected, flags.epsilon_check)
+            z, z_ref, z_minus, z_plus = (a - b for a, b in zip(w, l))
+            if z_minus > z.detach() + 1e-13 and z.detach() > z_plus + 1e-13:
+                own = beta / (1 + flags.epsilon_step)
+            elif z_minus < z.detach() - 1e-13 and z.detach() < z_plus - 1e-13:
+                own = beta / (1 - flags.epsilon_step)
+            else:
+                own = beta
+            perturbed.append(own)
+            loss = loss - F.logsigmoid(own * (z - z_ref)) / len(indices)
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        warmup = math.ceil(flags.warmup * steps)
+        if t <= warmup:
+            rate = flags.lr * t / warmup
+        else:
+            rate = flags.lr * 0.5 * (1 + math.cos(math.pi * (t - 1 - warmup) / (steps - warmup)))
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, first, second):
+                g = g * min(1.0, flags.clip / (norm + 1e-6))
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                p.mul_(1 - rate * flags.weight_decay)
+                p.sub_(rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+        losses.append(float(loss.detach()))
+        betas.append(beta)
+        norms.append(norm)
+        beta = sum(perturbed) / len(perturbed)
+    return losses, betas, norms
+
+
+@pytest.mark.parametrize(
+    "epsilon_check, epsilon_step", [(0.05, 0.05), (0.2, 0.02), (0.01, 0.5), (0.1, 0.0), (0.0, 0.3)]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loop_is_the_method(epsilon_check, epsilon_step, tied):
+    pairs = pairs_of(id_rows(11))
+    flags = flags_of(
+        epsilon_check=epsilon_check, epsilon_step=epsilon_step, epochs=2, warmup=0.3, clip=0.2, weight_decay=0.1
+    )
+    reference = tiny_model(tied=tied).double()
+    policy, by_hand = nudged(reference), nudged(reference)
+    before = copy.deepcopy(reference)
+    lines = train.train(policy, reference, pairs, flags)
+    order = [o[i : i + 4] for o in (train.epoch_order(11, 0, epoch) for epoch in range(2)) for i in (0, 4, 8)]
+    losses, betas, norms = plain_training(by_hand, reference, pairs, order, flags)
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-9)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-8)
+    assert [line["beta"] for line in lines] == pytest.approx(betas, rel=1e-14)
+    assert len(set(betas)) > 1 or epsilon_check == 0 or epsilon_step == 0
+    for (name, a), b in zip(policy.named_parameters(), by_hand.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+    assert same_bits(reference, before)
+
+
+# ---- no extra forward pass -------------------------------------------------------------------------------------------
+
+
+def count_calls(model: GPT) -> dict[str, int]:
+    """Counts what runs: the model as a whole, its embedding, each layer and its norms, whoever calls them."""
+    calls: dict[str, int] = {}
+
+    def counter(name):
+        def count(*_):
+            calls[name] = calls.get(name, 0) + 1
+
+        return count
+
+    parts = {"model": model, "embedding": model.model.embed_tokens, "norm": model.model.norm}
+    parts |= {f"layer {i}": layer for i, layer in enumerate(model.model.layers)}
+    for name, module in parts.items():
+        module.register_forward_pre_hook(counter(name))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("epsilon", [{"epsilon": 0.0}, {"epsilon": 0.01}, {"epsilon_check": 0.9, "epsilon_step": 0.5}])
+def test_one_forward_of_each_model_per_micro_batch_whatever_epsilon(epsilon, dtype, monkeypatch):
+    pairs, micro = pairs_of(id_rows(10)), []
+    monkeypatch.setattr(train, "collate", lambda group: micro.append(len(group)) or collate(group))
+    policy, reference = two_models()
+    calls = [count_calls(m) for m in (nudged(policy), reference)]
+    models = nudged(policy), reference
+    calls = [count_calls(m) for m in models]
+    train.train(*models, pairs, flags_of(steps=3, dtype=dtype, **epsilon))
+    assert sum(micro) == 4 + 4 + 2 and len(micro) > 3
+    assert [set(c.values()) for c in calls] == [{len(micro)}, {len(micro)}]
+    assert all(len(c) == 5 for c in calls)
+
+
+# ---- step 0 is exactly zero ------------------------------------------------------------------------------------------
+
+
+def assert_nothing_has_moved(policy, reference, pairs, dtype, **given):
+    flags = flags_of(steps=1, batch_size=len(pairs), dtype=dtype, **given)
+    for group in train.my_share(pairs, flags.micro_tokens):
+        with torch.no_grad():
+            sums = train.compare(policy, reference, collate(group), flags.epsilon_check, dtype)
+        for stats in sums:
+            assert not stats.delta_minus.any() and not stats.delta_plus.any() and not stats.kl.any()
+            assert torch.equal(stats.logp, stats.ref_logp)
+    lines = train.train(policy, reference, pairs, flags, eval_pairs=pairs)
+    for line, prefix in ((lines[0], "eval/"), (lines[1], "")):
+        assert line[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-15)
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "kl"):
+            assert line[prefix + name] == 0.0, name
+        assert [line[f"{prefix}steps/{name}"] for name in ("lower", "keep", "raise")] == [0.0, 1.0, 0.0]
+    assert lines[1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"model_type": "mistral", "sliding_window": 3}])
+def test_step_0_is_exactly_zero(dtype, options):
+    assert_nothing_has_moved(*two_models(**options), pairs_of(id_rows(13)), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_0_is_exactly_zero_on_the_toy(dtype):
+    torch.manual_seed(0)
+    world, reference = toy.World(), GPT(train.Config(**train.TOY_MODEL))
+    toy.fit_reference(reference, world, steps=5)
+    sample = toy.sample_pairs(world.list_logps(reference), world.reward, 64, train.TOY_SCALE, 0)
+    pairs = [
+        train.Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l), "toy", i)
+        for i, (x, w, l) in enumerate(zip(*(column.tolist() for column in sample)), 1)
+    ]
+    assert_nothing_has_moved(copy.deepcopy(reference), reference, pairs, dtype, beta=0.5)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=real) for d in ("float32", "bfloat16")])
+def test_step_0_is_exactly_zero_on_a_real_checkpoint(dtype):
+    policy, reference = (GPT.from_pretrained(CHECKPOINT) for _ in range(2))
+    pairs = pairs_of(id_rows(5, vocab=policy.config.vocab_size, longest=20))
+    assert_nothing_has_moved(policy, reference, pairs, dtype, beta=0.01, lr=1e-6)
+
+
+# ---- means -----------------------------------------------------------------------------------------------------------
+
+SPLITS = {"3": 1000, "2+1": 30, "1+1+1": 1}  # tokens in a micro-batch that split three rows of 12 so
+
+
+def three_pairs():
+    rows = [{"prompt": [i, 5, 6, 7], "chosen": [8, 9, i, 1], "rejected": [3, 2, i, 4]} for i in range(3)]
+    return pairs_of(rows)
+
+
+def recorded_gradients(monkeypatch) -> list[list[torch.Tensor]]:
+    """What the optimizer is given at each step."""
+    steps, original = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        steps.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_split_of_a_batch_is_the_same_step(dtype, monkeypatch):
+    pairs, found = three_pairs(), {}
+    for name, tokens in SPLITS.items():
+        assert sorted(len(g) for g in train.my_share(pairs, tokens)) == sorted(map(int, name.split("+")))
+        gradients = recorded_gradients(monkeypatch)
+        reference = tiny_model().to(dtype)
+        lines = train.train(nudged(reference), reference, pairs, flags_of(steps=3, batch_size=3, micro_tokens=tokens))
+        found[name] = lines, gradients
+        monkeypatch.undo()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name in ("2+1", "1+1+1"):
+        for line, whole in zip(found[name][0], found["3"][0]):
+            assert line["beta"] == whole["beta"]
+            assert line.keys() == whole.keys()
+            for key in line.keys() - {"seconds", "tokens_per_second", "memory_gb"}:
+                assert line[key] == pytest.approx(whole[key], rel=100 * tolerance, abs=tolerance), key
+        for a, b in zip(found[name][1][0], found["3"][1][0]):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+    assert len({line["beta"] for line in found["3"][0]}) == 3
+
+
+class Told(train.EpsDPO):
+    """Losses and steps that the test says, looked up by a pair's first token; every β that was used is kept."""
+
+    def tell(self, losses, steps):
+        self.told, self.used = (torch.tensor(losses, dtype=torch.float64), torch.tensor(steps)), []
+        return self
+
+    def loss(self, chosen, rejected, batch):
+        which = batch.tokens[:, 0]
+        losses, step = (x[which] for x in self.told)
+        self.used.append(self.beta)
+        losses = losses + 0 * chosen.logp
+        zero = torch.zeros_like(losses.detach())
+        return EpsDPOLoss(losses.mean(), losses, zero + self.beta, step, zero, zero > 0)
+
+
+@pytest.mark.parametrize("tokens", SPLITS.values(), ids=SPLITS)
+def test_means_are_over_the_whole_batch(tokens):
+    method = Told(0.1, 0.01, 0.01).tell([0.6, 0.7, 0.9], [1, 1, -1])
+    lines = train.train(*two_models(), three_pairs(), flags_of(steps=2, batch_size=3, micro_tokens=tokens), method)
+    assert lines[0]["loss"] == pytest.approx(0.7333333333333333, rel=1e-12)
+    assert [lines[0][f"steps/{x}"] for x in ("lower", "keep", "raise")] == pytest.approx([2 / 3, 0, 1 / 3])
+    assert lines[0]["beta"] == 0.1 and lines[1]["beta"] == pytest.approx(0.0996766343, abs=5e-11)
+    assert lines[1]["beta"] == next_beta(0.1, 2, 0, 1, 0.01)
+    micro = len(method.used) // 2
+    assert method.used == [0.1] * micro + [lines[1]["beta"]] * micro  # the old one in all micro-batches of a step
+
+
+def test_a_last_partial_batch_is_divided_by_its_own_count():
+    order, losses = train.epoch_order(3, 0, 0), [0.6, 0.7, 0.9]
+    method = Told(0.1, 0.01, 0.01).tell(losses, [1, 1, 1])
+    lines = train.train(*two_models(), three_pairs(), flags_of(batch_size=2, micro_tokens=1), method)
+    by_hand = [(losses[order[0]] + losses[order[1]]) / 2, losses[order[2]]]
+    assert [line["loss"] for line in lines] == pytest.approx(by_hand, rel=1e-12)
+    assert [line["steps/lower"] for line in lines] == [1.0, 1.0]
+    assert method.beta == pytest.approx(0.1 / 1.01**2, rel=1e-15)
+    assert [line["epoch"] for line in lines] == [0.5, 1.0]
+
+
+def test_beta_is_a_python_float_that_small_steps_move():
+    method = Told(0.1, 1e-5, 1e-5).tell([0.6, 0.7, 0.9], [1, 0, 0])
+    train.train(*two_models(), three_pairs(), flags_of(steps=1, batch_size=3, dtype="bfloat16"), method)
+    assert type(method.beta) is float and 0.0999996 < method.beta < 0.0999998
+
+
+# ---- ε_s = 0 is plain DPO --------------------------------------------------------------------------------------------
+
+
+class PlainDPO(train.EpsDPO):
+    """DPO, and no other word: −log σ(β·margin)."""
+
+    def loss(self, chosen: TokenStats, rejected: TokenStats, batch) -> EpsDPOLoss:
+        margin = (chosen.logp - chosen.ref_logp) - (rejected.logp - rejected.ref_logp)
+        losses = -F.logsigmoid(self.beta * margin)
+        still = torch.zeros(len(margin), dtype=torch.int64)
+        return EpsDPOLoss(losses.mean(), losses, still + self.beta, still, margin.detach(), still > 0)
+
+    def after_step(self, sums, policy, reference):
+        pass
+
+
+@pytest.mark.parametrize("epsilon_check", [0.0, 0.05, 0.9])
+def test_no_step_size_is_plain_dpo_to_the_bit(epsilon_check):
+    pairs, flags = pairs_of(id_rows(11)), flags_of(epochs=3, epsilon_check=epsilon_check, epsilon_step=0.0)
+    runs = []
+    for method in (None, PlainDPO(0.1, epsilon_check, 0.0)):
+        policy, reference = two_models()
+        lines = train.train(policy, reference, pairs, flags, method, eval_pairs=pairs[:3])
+        runs.append((policy, lines))
+    assert same_bits(runs[0][0], runs[1][0])
+    for ours, plain in zip(*(steps_of(lines) for _, lines in runs)):
+        assert [ours[k] for k in ("loss", "grad_norm", "beta", "kl")] == [
+            plain[k] for k in ("loss", "grad_norm", "beta", "kl")
+        ]
+        assert ours["beta"] == 0.1
+    moved = [line["steps/keep"] for line in runs[0][1][2:] if "loss" in line]
+    assert epsilon_check == 0 or min(moved) < 1  # the check still decides, and is logged
+
+
+# ---- schedule --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 60), st.one_of(st.sampled_from([0.0, 0.1, 1.0]), st.floats(0, 1)), st.floats(1e-9, 1))
+def test_the_schedule_warms_up_from_above_zero_and_never_rises_again(steps, warmup, lr):
+    flags = flags_of(lr=lr, warmup=warmup)
+    rates = [train.learning_rate(step, steps, flags) for step in range(steps + 5)]
+    assert 0 < rates[0] <= lr and all(0 <= r <= lr * (1 + 1e-12) for r in rates)
+    assert max(rates) == pytest.approx(lr) and rates[steps - 1] > 0
+    top = rates.index(max(rates))
+    assert all(a <= b for a, b in zip(rates[:top], rates[1 : top + 1]))
+    assert all(a >= b for a, b in zip(rates[top:], rates[top + 1 :]))
+    if warmup < 1:
+        assert all(r <= 1e-15 * lr for r in rates[steps:]) or math.ceil(warmup * steps) == steps
+
+
+def test_the_schedule_in_numbers():
+    rates = [train.learning_rate(step, 5, flags_of(lr=1.0, warmup=0.4)) for step in range(7)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.25, 0.0, 0.0], abs=1e-15)
+    assert [train.learning_rate(step, 1, flags_of(lr=1.0, warmup=0.0)) for step in (0, 1, 2)] == pytest.approx(
+        [1, 0, 0]
+    )
+
+
+def test_the_loop_counts_the_schedule_in_optimizer_steps(monkeypatch):
+    used, original = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: used.append(self.param_groups[0]["lr"]) or original(self, *a)
+    )
+    flags = flags_of(lr=1.0e-3, warmup=0.4, batch_size=2, epochs=1, micro_tokens=1)
+    lines = train.train(*two_models(), pairs_of(id_rows(10)), flags)
+    expected = [1e-3 * x for x in (0.5, 1.0, 1.0, 0.75, 0.25)]
+    assert used == pytest.approx(expected) and [line["learning_rate"] for line in lines] == pytest.approx(expected)
+
+
+# ---- weights, reference, optimizer -----------------------------------------------------------------------------------
+
+
+def watched(monkeypatch) -> dict:
+    """The models, pairs and optimizer of a run through the command line."""
+    seen, original, optimizer = {}, train.train, torch.optim.AdamW
+
+    def spy(policy, reference, pairs, *args, **kwargs):
+        seen.update(policy=policy, reference=reference, pairs=pairs, first=copy.deepcopy(reference))
+        return original(policy, reference, pairs, *args, **kwargs)
+
+    def make(parameters, *args, **kwargs):
+        seen["optimizer"] = optimizer(parameters, *args, **kwargs)
+        return seen["optimizer"]
+
+    monkeypatch.setattr(train, "train", spy)
+    monkeypatch.setattr(torch.optim, "AdamW", make)
+    return seen
+
+
+@pytest.mark.parametrize("model", ["model", "tied"])
+def test_the_reference_is_apart_and_stays_as_it_was(model, folder, tmp_path, monkeypatch):
+    seen = watched(monkeypatch)
+    assert train.main(argv_of(folder, tmp_path / "out", "--dtype", "bfloat16", model=model)) == 0
+    policy, reference = seen["policy"], seen["reference"]
+    storage = [{p.untyped_storage().data_ptr() for p in m.parameters()} for m in (policy, reference)]
+    assert not storage[0] & storage[1]
+    assert same_bits(reference, seen["first"]) and not same_bits(reference, policy)
+    assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
+    trained = {id(p) for group in seen["optimizer"].param_groups for p in group["params"]}
+    assert trained == {id(p) for p in policy.parameters()}
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+    changed = [
+        name for name, p in policy.named_parameters() if not torch.equal(p, dict(reference.named_parameters())[name])
+    ]
+    assert len(changed) == len(list(policy.parameters()))  # the head too, tied or not
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bfloat16_checkpoint_trains_in_float32_weights(dtype, folder, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    argv = argv_of(folder, tmp_path / "out", "--lr", "5e-7", "--dtype", dtype, model=str(tmp_path / "half"))
+    assert train.main(argv) == 0
+    before, after = (load_safetensors(p / "model.safetensors") for p in (tmp_path / "half", tmp_path / "out/model"))
+    assert {t.dtype for t in before.values()} == {torch.bfloat16} and {t.dtype for t in after.values()} == {
+        torch.float32
+    }
+    norms = [name for name in after if name.endswith("norm.weight")]  # near 1: bfloat16 would not move them at all
+    moved = torch.cat([(after[n] != before[n].float()) for n in norms])
+    assert moved.float().mean() > 0.95
+    assert max(float((after[n] - before[n].float()).abs().max()) for n in after) < 12 * 5e-7 * 1.5
+
+
+def test_the_head_is_computed_in_float32_under_autocast():
+    reference = tiny_model()
+    policy, batch = nudged(reference), collate(pairs_of(id_rows(6)))
+    found = train.compare(policy, reference, batch, 0.05, "bfloat16")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        where = (batch.tokens, batch.positions, batch.segments, batch.source)
+        hidden = [m(*where, lambda h, w: (h.double(), w.double())) for m in (policy, reference)]
+    exact = linear_token_stats(*hidden[0], *hidden[1], batch.label, 0.05)
+    sums = [torch.zeros(12, dtype=torch.float64).index_add(0, batch.owner, x.double()) for x in exact[:5]]
+    for name, ours, theirs in zip(TokenStats._fields, zip(*found), sums):
+        ours = torch.cat(ours[:2])
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()), msg=name)
+
+
+# ---- what is not finite ----------------------------------------------------------------------------------------------
+
+
+def poison(policy: GPT, at: int, what: str, bad: float) -> None:
+    """Make one number of a run not finite in its forward or backward number `at`, from 1."""
+    calls = {"n": 0}
+
+    def on_hidden(module, inputs, output):
+        calls["n"] += 1
+        if calls["n"] != at:
+            return None
+        if what == "gradient":
+            output.register_hook(lambda g: torch.full_like(g, bad))
+            return None
+        return output * bad
+
+    policy.model.norm.register_forward_hook(on_hidden)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["gradient", "logits"])
+def test_what_is_not_finite_stops_before_the_optimizer_step(what, bad, tmp_path):
+    pairs = pairs_of(id_rows(12))
+    flags = flags_of(save_every=1, micro_tokens=1000)
+    undisturbed, reference = two_models()
+    train.train(undisturbed, reference, pairs, flags_of(steps=2, save_every=1, micro_tokens=1000, epochs=1), out=None)
+    policy = tiny_model()
+    poison(policy, 3, what, bad)
+    saved = {}
+    original = train.save_checkpoint
+
+    def save(out, step, *rest):
+        original(out, step, *rest)
+        saved[step] = (out / "checkpoint.pt").read_bytes()
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "save_checkpoint", save)
+        with pytest.raises(ValueError, match="step 3") as error:
+            train.train(policy, reference, pairs, flags, out=tmp_path)
+    rows = re.findall(r"ids:(\d+)", str(error.value))
+    third = {pairs[i].line for i in train.epoch_order(12, 0, 0)[8:12]}
+    assert rows and set(map(int, rows)) <= third and "step 2" in str(error.value)
+    assert list(saved) == [1, 2] and (tmp_path / "checkpoint.pt").read_bytes() == saved[2]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert all(p.isfinite().all() for p in policy.parameters())
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert same_bits(dict(state["weights"]), policy.state_dict())  # no step was taken since
+
+
+def test_the_rows_that_are_to_blame_are_named(tmp_path):
+    rows = id_rows(16, vocab=VOCAB - 1)
+    rows[6]["chosen"] = [VOCAB - 1, *rows[6]["chosen"]]  # alone has this token
+    policy, reference = two_models()
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[VOCAB - 1] = math.nan
+        policy.lm_head.weight[VOCAB - 1] = 0.0
+    with pytest.raises(ValueError, match="ids:7[^0-9]") as error:
+        train.train(policy, reference, pairs_of(rows), flags_of(batch_size=16, micro_tokens=40), out=tmp_path)
+    assert "step 1" in str(error.value) and "no checkpoint" in str(error.value)
+    assert not (tmp_path / "checkpoint.pt").exists() and read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("margin", [1e4, -1e4, 1e300, -1e300, 0.0])
+def test_the_loss_of_far_margins_is_finite(margin):
+    def sums(x):
+        zero = torch.zeros(1, dtype=torch.float64)
+        return TokenStats(torch.tensor([x], dtype=torch.float64, requires_grad=True), zero, zero, zero, zero)
+
+    chosen = sums(margin)
+    out = epsdpo_loss(chosen, sums(0.0), 1.0, 0.01)
+    out.loss.backward()
+    assert (
+        float(out.loss) == pytest.approx(max(0.0, -margin) if margin else math.log(2)) and chosen.logp.grad.isfinite()
+    )
+
+
+# ---- what is logged --------------------------------------------------------------------------------------------------
+
+
+def stats_of(logp, ref_logp) -> TokenStats:
+    logp, ref_logp = (torch.tensor(x, dtype=torch.float64) for x in (logp, ref_logp))
+    return TokenStats(logp, ref_logp, *torch.zeros(3, len(logp), dtype=torch.float64))
+
+
+def test_rewards_in_numbers():
+    batch = collate(
+        pairs_of(
+            [{"prompt": [1], "chosen": [2, 3, 4], "rejected": [5]}, {"prompt": [1], "chosen": [2], "rejected": [5, 6]}]
+        )
+    )
+    chosen, rejected = stats_of([-10.0, -1.0], [-12.0, -1.0]), stats_of([-9.0, -2.0], [-9.0, -2.0])
+    out = epsdpo_loss(chosen, rejected, 0.1, 0.01)
+    sums = {k: float(v) for k, v in train.totals(out, chosen, rejected, batch, 0.1).items()}
+    assert float(out.losses[0]) == pytest.approx(0.5981389, abs=5e-8)
+    assert sums["rewards/chosen"] == pytest.approx(0.2) and sums["rewards/rejected"] == 0.0
+    assert sums["rewards/margins"] == pytest.approx(0.2)
+    assert sums["rewards/accuracies"] == 1  # the second pair is a tie, which is wrong
+    assert (sums["lengths/chosen"], sums["lengths/rejected"]) == (4, 3)
+    assert (sums["logps/chosen"], sums["logps/rejected"]) == (-11, -11)
+
+
+def test_a_line_of_metrics_is_about_the_step_it_names(folder, tmp_path):
+    assert train.main(argv_of(folder, tmp_path / "out", "--eval-every", 5)) == 0
+    lines = read_metrics(tmp_path / "out", timing=True)  # strict JSON
+    steps = steps_of(lines)
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 5, 10, 12]
+    assert all(set(line) == set(steps[0]) for line in steps)
+    assert steps[0]["beta"] == 0.1  # the β that was used in this step
+    sizes = [8, 8, 8, 7] * 3
+    for line, after, n in zip(steps, steps[1:], sizes):
+        counts = [round(line[f"steps/{name}"] * n) for name in ("lower", "keep", "raise")]
+        assert sum(counts) == n
+        assert after["beta"] == next_beta(line["beta"], *counts, 0.05)
+        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"])
+    assert len({line["beta"] for line in steps}) > 5
+    rows = [json.loads(x) for x in (folder / "ids.jsonl").read_text().splitlines()]
+    mean = {k: sum(len(r[k]) for r in rows) for k in ("prompt", "chosen", "rejected")}
+    for name in ("chosen", "rejected"):
+        assert sum(line[f"lengths/{name}"] * n for line, n in zip(steps[:4], sizes)) == pytest.approx(mean[name])
+    assert sum(line["tokens"] for line in steps[:4]) == sum(mean.values())
+
+
+def test_a_beta_that_runs_away_is_reported_once(capsys):
+    method = Told(0.1, 0.5, 0.5).tell([0.6, 0.7, 0.9], [1, 1, 1])
+    train.train(*two_models(), three_pairs(), flags_of(steps=20, batch_size=3), method)
+    warnings = [line for line in "".join(capsys.readouterr()).splitlines() if "β went" in line]
+    assert len(warnings) == 1 and "--epsilon" in warnings[0]
+
+
+def test_an_all_zero_first_gradient_is_a_warning_that_names_the_causes(capsys):
+    policy, reference = two_models()
+    with torch.no_grad():
+        for m in (policy, reference):  # a body that says nothing, so nothing can be learned
+            m.model.norm.weight.zero_()
+            m.model.embed_tokens.weight.zero_()
+    train.train(policy, reference, pairs_of(id_rows(4)), flags_of(steps=1))
+    first = "".join(capsys.readouterr())
+    assert "gradient is all zero" in first and "frozen" in first and "reference" in first and "equal" in first
+    train.train(*two_models(), pairs_of(id_rows(4)), flags_of(steps=1))
+    assert "all zero" not in "".join(capsys.readouterr())
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+
+
+def orders(monkeypatch, n: int, **given) -> list[list[int]]:
+    """The lines of the pairs that each step got."""
+    seen, original = [], train.my_share
+
+    def spy(pairs, tokens):
+        seen.append([pair.line for pair in pairs])
+        return original(pairs, tokens)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "my_share", spy)
+        train.train(*two_models(), pairs_of(id_rows(n)), flags_of(**given))
+    return seen
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone(monkeypatch):
+    first = orders(monkeypatch, 11, epochs=3)
+    torch.manual_seed(99)
+    assert first == orders(monkeypatch, 11, epochs=3, micro_tokens=1, lr=1e-5, epsilon=0.0)
+    assert first[:3] == orders(monkeypatch, 11, epochs=1) and first[:5] == orders(monkeypatch, 11, steps=5)
+    assert first != orders(monkeypatch, 11, epochs=3, seed=1)
+    epochs = [sum(first[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(1, 12)) for epoch in epochs)  # each pair once an epoch
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    lengths = [row_length(p) for p in pairs_of(id_rows(60))]
+    spread = [[lengths[i - 1] for i in batch] for batch in orders(monkeypatch, 60, epochs=1, batch_size=6)]
+    assert sum(max(b) - min(b) for b in spread) / len(spread) > 8  # drawn at random, not sorted by length
+
+
+def test_evaluation_leaves_no_trace_in_training(folder, tmp_path):
+    outs = []
+    for name, more in {"never": [], "always": ["--eval-every", 1]}.items():
+        torch.manual_seed(0)
+        assert train.main(argv_of(folder, tmp_path / name, *more)) == 0
+        outs.append(tmp_path / name)
+    assert snapshot(outs[0] / "model") == snapshot(outs[1] / "model")
+    assert steps_of(read_metrics(outs[0])) == steps_of(read_metrics(outs[1]))
+    without, reference = two_models()
+    pairs = pairs_of(id_rows(31))
+    state = torch.get_rng_state()
+    lines = train.train(without, reference, pairs, flags_of(epochs=1))
+    with_eval = tiny_model()
+    torch.set_rng_state(state)
+    more = train.train(
+        with_eval, reference, pairs, flags_of(epochs=1, eval_every=2), eval_pairs=pairs_of(id_rows(9, seed=5))
+    )
+    assert same_bits(without, with_eval)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in steps_of(more)]
+    torch.set_rng_state(state)
+    train.evaluate(with_eval, reference, pairs, train.EpsDPO(0.1, 0.05, 0.05), flags_of())
+    assert torch.equal(torch.get_rng_state(), state) and all(
+        p.grad is None or not p.grad.any() for p in with_eval.parameters()
+    )
+
+
+def test_evaluation_in_numbers():
+    reference = tiny_model().double()
+    policy, pairs = nudged(reference, 0.1), pairs_of(id_rows(20))
+    method = train.EpsDPO(0.1, 0.05, 0.05)
+    found = train.evaluate(policy, reference, pairs, method, flags_of())
+    margins = []
+    with torch.no_grad():
+        for pair in pairs:
+            w, l = (plain_step_stats(policy, reference, pair.prompt, y, 0.05) for y in (pair.chosen, pair.rejected))
+            margins.append(0.1 * float((w[0] - w[1]) - (l[0] - l[1])))
+    margins = torch.tensor(margins, dtype=torch.float64)
+    accuracy = float((margins > 0).double().mean())
+    assert found["eval/pairs"] == 20 and found["eval/rewards/accuracies"] == accuracy
+    assert found["eval/rewards/margins"] == pytest.approx(float(margins.mean()), rel=1e-9)
+    assert found["eval/rewards/margins_se"] == pytest.approx(float(margins.std(correction=0)) / math.sqrt(20), rel=1e-6)
+    assert found["eval/rewards/accuracies_se"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 20))
+    assert method.beta == 0.1  # looking changes nothing
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+BAD = {  # flag: values that are refused at once
+    "beta": ["0", "-0.1", "nan", "inf", "x", ""],
+    "epsilon": ["1", "-0.01", "nan", "inf", "0.7", "x"],
+    "epsilon-check": ["1", "1.5", "-1e-9", "nan", "x"],
+    "epsilon-step": ["0.51", "-0.1", "nan", "inf", "x"],
+    "lr": ["0", "-1", "nan", "inf", "x"],
+    "warmup": ["-0.1", "1.1", "nan", "x"],
+    "batch-size": ["0", "-1", "1.5", "nan", "x"],
+    "epochs": ["0", "-1", "0.5"],
+    "steps": ["0", "-1", "1.5"],
+    "micro-tokens": ["0", "-5", "x"],
+    "clip": ["0", "-1", "nan", "x"],
+    "weight-decay": ["-0.1", "nan", "inf", "x"],
+    "max-length": ["0", "-1", "1", "x"],
+    "max-prompt-length": ["0", "-1", "2048", "9999", "x"],
+    "dtype": ["float16", "fp32", ""],
+    "device": ["mps", "gpu", "cpu:x", "cuda:99", ""],
+    "seed": ["-1", "1.5", "x", "99999999999999999999999"],
+    "eval-size": ["-1", "x"],
+    "eval-every": ["-1", "x"],
+    "save-every": ["-1", "x"],
+    "samples": ["-1", "x"],
+    "show": ["-1", "x"],
+    "no-such-flag": ["1"],
+}
+
+
+@pytest.mark.parametrize("flag, value", [(flag, value) for flag, values in BAD.items() for value in values])
+def test_a_bad_flag_is_one_line_that_names_it(flag, value, folder, tmp_path, capsys):
+    code, said = ended([*argv_of(folder, tmp_path / "out"), f"--{flag}", value], capsys)
+    assert code == 2
+    assert re.search(rf"--{flag}(?![\w-])", said), said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--model", "x"], "--data"),
+        (["--data", "x"], "--model"),
+        (["--model", "x", "--data", "y"], "--out"),
+        (["--resume", "--overwrite"], "--overwrite"),
+    ],
+)
+def test_flags_that_need_one_another(argv, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = ended(argv, capsys)
+    assert code == 2 and named in said and not list(tmp_path.iterdir())
+
+
+def test_what_is_not_there_is_named(folder, tmp_path, capsys):
+    for argv, named in (
+        (argv_of(folder, tmp_path / "out", model="absent"), "absent"),
+        (argv_of(folder, tmp_path / "out", data="absent.jsonl"), "absent.jsonl"),
+    ):
+        code, said = ended(argv, capsys)
+        assert code == 2 and named in said
+    (tmp_path / "file").write_text("mine")
+    code, said = ended(argv_of(folder, tmp_path / "file"), capsys)
+    assert code == 2 and "file" in said and (tmp_path / "file").read_text() == "mine"
+
+
+def test_ids_outside_the_vocabulary_are_an_error_before_training(folder, tmp_path, capsys):
+    for bad in (VOCAB, -1, 3.0, True):
+        rows = id_rows(5)
+        rows[3]["chosen"] = [1, bad]
+        write_rows(tmp_path / "bad.jsonl", rows)
+        code, said = ended(argv_of(folder, tmp_path / "out", data=str(tmp_path / "bad.jsonl")), capsys)
+        assert code == 2 and "bad.jsonl:4" in said
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_help_says_what_a_newcomer_must_know(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{name.replace('_', '-')}" in said for name in vars(flags_of()))
+    plain = " ".join(said.split())
+    assert re.search(r"ε (times|·) the number of steps|ε · steps", plain) and "1 to 5" in plain
+    assert re.search(r"--epsilon X.{0,80}0\.01|\[0\.01\]", plain)
+
+
+def test_defaults_are_those_of_the_job():
+    toy_flags, real_flags = train.parse_flags([]), train.parse_flags(["--model", "m", "--data", "d", "--out", "o"])
+    assert (toy_flags.beta, toy_flags.lr, toy_flags.batch_size) == (0.5, 5e-4, 64)
+    assert (real_flags.beta, real_flags.lr, real_flags.batch_size) == (0.01, 7e-7, 128)
+    one = train.parse_flags(["--epsilon", "0.2", "--epsilon-step", "0"])
+    assert (one.epsilon_check, one.epsilon_step) == (0.2, 0.0)
+
+
+def test_show_prints_pairs_and_stops(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", folder / "model", "--data", folder / "ids.jsonl", "--show", 3]
+    assert train.main([str(a) for a in argv]) == 0
+    said = capsys.readouterr().out
+    assert said.count("⟦seam⟧") == 3 and "ids.jsonl:3" in said and "⟦end⟧" in said
+    assert train.main([str(a) for a in [*argv, "--out", tmp_path / "out"]]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_model_opens_in_transformers_with_the_same_logits(folder, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    seen = watched(monkeypatch)
+    (tmp_path / "source").mkdir()
+    for file in (folder / "tied").iterdir():
+        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "source" / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    assert train.main(argv_of(folder, tmp_path / "out", model=str(tmp_path / "source"))) == 0
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out/model", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, seen["policy"](tokens), rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "out/model/generation_config.json").exists()
+    assert same_bits(GPT.from_pretrained(tmp_path / "out/model"), seen["policy"])
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main(argv_of(folder, out, "--save-every", 5)) == 0
+    before = snapshot(out)
+    for kept in ("metrics.jsonl", "checkpoint.pt", "model"):
+        for other in {"metrics.jsonl", "checkpoint.pt", "model"} - {kept}:
+            assert (out / other).exists()
+        code, said = ended(argv_of(folder, out), capsys)
+        assert code == 2 and "--resume" in said and "--overwrite" in said and str(out) in said
+        assert snapshot(out) == before
+    assert train.main(argv_of(folder, out, "--overwrite", "--steps", 2)) == 0
+    assert [line["step"] for line in steps_of(read_metrics(out))] == [1, 2]
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_the_toy_replaces_its_own_run_and_nothing_else(quick_toy, folder, capsys):
+    few = ["--eval-size", "8", "--batch-size", "32"]
+    assert train.main([*few, "--steps", "3", "--save-every", "1"]) == 0
+    assert train.main([*few, "--steps", "2"]) == 0
+    assert [line["step"] for line in steps_of(read_metrics(quick_toy))] == [1, 2]
+    assert not (quick_toy / "checkpoint.pt").exists()
+    code, said = ended([*few, "--out", quick_toy], capsys)  # an --out that was given is another matter
+    assert code == 2 and "--overwrite" in said
+    assert train.main(argv_of(folder, quick_toy, "--overwrite", "--steps", 1)) == 0
+    before = snapshot(quick_toy)
+    code, said = ended(few, capsys)  # a run on real data lies there now
+    assert code == 2 and snapshot(quick_toy) == before
+
+
+def test_the_toy_does_not_delete_what_is_not_a_run_of_its_own(quick_toy, capsys):
+    (quick_toy / "model").mkdir(parents=True)
+    (quick_toy / "model" / "thesis.txt").write_text("years of work")
+    code, said = ended(["--eval-size", "8", "--batch-size", "32", "--steps", "1"], capsys)
+    assert (quick_toy / "model" / "thesis.txt").read_text() == "years of work"
+    assert code == 2 and "--overwrite" in said
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+def test_python_train_py_alone(tmp_path):
+    root = Path(train.__file__).resolve().parent
+    done = subprocess.run(
+        [sys.executable, root / "train.py", "--steps", "12"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    for line in ("reference", "ε-DPO", "DPO", "optimum π*"):
+        assert re.search(rf"^{re.escape(line)} +-?[0-9.]+ ", done.stdout, re.M), done.stdout
+    assert "E[reward]" in done.stdout and "win rate" in done.stdout and "after 12 steps" in done.stdout
+    assert re.search(r"β went from 0\.500 to 0\.\d+", done.stdout)
+    table = {line[:12].strip(): line[12:].split() for line in done.stdout.splitlines() if line[:1] in "rεDo"}
+    assert float(table["reference"][1]) == 0.0 and float(table["reference"][2]) == pytest.approx(0.5)
+    assert float(table["ε-DPO"][2]) > 0.5 < float(table["DPO"][2])  # it learns, even in twelve steps
+    assert float(table["optimum π*"][0]) > float(table["ε-DPO"][0])
+    lines = read_metrics(tmp_path / "out" / "toy")
+    assert [line["step"] for line in steps_of(lines)] == list(range(1, 13))
+    assert (tmp_path / "out/toy/model/model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        pytest.param("hh-harmless-test.jsonl.gz", "float32", marks=real),
+        pytest.param("chat-preferences.jsonl", "bfloat16", marks=real),
+    ],
+)
+def test_a_real_run(name, dtype, tmp_path, capsys):
+    if not (DATA / name).exists():
+        pytest.skip(f"no {name}")
+    argv = ["--model", CHECKPOINT, "--data", DATA / name, "--out", tmp_path / "out", "--skip-bad-rows", "--steps", 2]
+    argv += ["--batch-size", 3, "--max-length", 128, "--micro-tokens", 256, "--eval-size", 4, "--samples", 1]
+    assert train.main([str(a) for a in [*argv, "--dtype", dtype, "--lr", "1e-6", "--save-every", 1]]) == 0
+    said = capsys.readouterr().out
+    assert "pairs kept" in said and said.count("held-out pairs: accuracy") == 2 and "before:" in said
+    lines = read_metrics(tmp_path / "out")
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2)) and lines[0]["eval/steps/keep"] == 1.0
+    first, second = steps_of(lines)
+    assert first["loss"] == pytest.approx(math.log(2)) and first["steps/keep"] == 1.0 and first["kl"] == 0.0
+    assert second["kl"] > 0 and second["grad_norm"] > 0 and second["steps/keep"] < 1
+    before, after = GPT.from_pretrained(CHECKPOINT), GPT.from_pretrained(tmp_path / "out/model")
+    assert (tmp_path / "out/model/tokenizer.json").exists() and not same_bits(before, after)
