@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -268,10 +269,11 @@ def save_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike, metada
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    _replace(Path(path), write)
+    replace_file(Path(path), write)
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path`, flush, move over it: `path` is at every moment the old file or the whole new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -479,10 +481,17 @@ class GPT(nn.Module):
             segments = F.pad(segments, (0, 1))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> GPT:
-        """The model of a checkpoint folder (config.json, safetensors in one file or sharded), on the CPU, in `dtype`.
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[GPT], object] = lambda model: None,
+    ) -> GPT:
+        """The model of a checkpoint folder (config.json, safetensors in one file or sharded), in `dtype` on `device`.
 
-        ValueError lists what does not fit, OSError what is not there. Peak memory: the model and one tensor.
+        `prepare` gets the model while it has shapes but no memory: there FSDP can share it out among processes, each of
+        which then only ever holds its part and one tensor. ValueError lists what does not fit, OSError what is missing.
         """
         folder = Path(folder)
         config = Config.from_json(folder / "config.json")
@@ -500,9 +509,13 @@ class GPT(nn.Module):
         _require(not odd, f"{folder}: weights that are no floating-point numbers: {', '.join(odd)}")
         same = head is embedding or torch.equal(head.read().double(), embedding.read().double())
         _require(same, f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
-        model.to_empty(device="cpu")._tie()  # to_empty makes every parameter anew
+        prepare(model)
+        model.to_empty(device=device)._tie()  # to_empty makes every parameter anew
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(entries[name].read())
+            value = entries[name].read()
+            if isinstance(parameter, DTensor):  # this process's part of it
+                value = distribute_tensor(value.to(device, dtype), parameter.device_mesh, parameter.placements)
+            parameter.data.copy_(value)
         model.source = folder
         return model
 
@@ -526,10 +539,10 @@ class GPT(nn.Module):
         wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         _require(not wrong, f"not saved, for these are not finite in {dtype}: {', '.join(wrong)}")
         save_safetensors(tensors, folder / SINGLE, {"format": "pt"})
-        _replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+        replace_file(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         for stale in [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
             stale.unlink(missing_ok=True)
         for file in source.iterdir() if source and source.resolve() != folder.resolve() else ():
             if file.is_file() and file.name != "config.json" and not file.name.endswith(WEIGHT_FILES):
                 with open(file, "rb") as old:
-                    _replace(folder / file.name, lambda new, old=old: shutil.copyfileobj(old, new))
+                    replace_file(folder / file.name, lambda new, old=old: shutil.copyfileobj(old, new))

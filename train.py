@@ -47,8 +47,7 @@ from tqdm import tqdm
 import toy
 from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, micro_batches, row_length, show_pair
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta, sum_over_responses
-from model import GPT, Config
-from model import _replace as replace_file
+from model import GPT, Config, replace_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -555,17 +554,17 @@ def toy_job(flags: Flags, device: torch.device) -> None:
         f"\nafter {len(betas)} steps of {flags.batch_size} pairs; exact over all responses; J, π* at β = {flags.beta}"
     )
     print(toy.table(reports))
-    print("\nresponses drawn     " + "".join(f"{name:30}" for name in ("reference", "ε-DPO")))
+    print("\nresponses drawn     ", *(f"{name:29}" for name in ("reference", "ε-DPO")))
     for prompt, letter in enumerate("abcde"):
         dice = torch.Generator().manual_seed(flags.seed)
         drawn = [logps[name][prompt].exp().multinomial(4, True, generator=dice) for name in ("reference", "ε-DPO")]
         texts = (" ".join(map(world.text, x.tolist())) for x in drawn)
-        print(f"  to {letter}:            " + "".join(f"{text:30}" for text in texts))
+        print(f"  to {letter}:            ", *(f"{text:29}" for text in texts))
+    ours, told = reports["ε-DPO"], len(betas) * flags.batch_size
     print(
-        f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having been told {len(betas) * flags.batch_size:,} "
-        f"times which of two answers was preferred, the policy now beats the reference in "
-        f"{reports['ε-DPO'].win_rate:.0%} of comparisons, and has {reports['ε-DPO'].share:.0%} of the gain in reward that "
-        "a policy this close to the reference could have at best."
+        f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having been told {told:,} times which of two "
+        f"answers was preferred, the policy now beats the reference in {ours.win_rate:.0%} of comparisons, and has "
+        f"{ours.share:.0%} of the gain in reward that a policy this close to the reference could have at best."
     )
 
 
@@ -594,7 +593,7 @@ def real_job(flags: Flags, device: torch.device) -> None:
         print(f"held out: {held} of them, {len(pairs):,} to train on")
     if not pairs:
         raise ValueError(f"--data {' '.join(flags.data)}: no pair is left to train on")
-    policy, reference = (shard(GPT.from_pretrained(folder).to(device)) for _ in range(2))
+    policy, reference = (GPT.from_pretrained(folder, device=device, prepare=shard) for _ in range(2))
     print(forecast(policy, pairs, flags))
     shown = eval_pairs[: flags.samples] if rank_and_world()[1] == 1 and tokenizer else []
     before = answers(policy, shown)

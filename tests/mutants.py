@@ -114,7 +114,7 @@ MUTANTS = [
             ("positions ignored", "cos, sin = rope(self.config, positions[:, -T:])",
              "cos, sin = rope(self.config, torch.arange(positions.shape[1])[None, -T:].expand(positions[:, -T:].shape))"),
             ("gate and up swapped", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
-            ("untied after loading", "model.to_empty(device=\"cpu\")._tie()", "model.to_empty(device=\"cpu\")"),
+            ("untied after loading", "model.to_empty(device=device)._tie()", "model.to_empty(device=device)"),
             ("a different head of a tied model passes", "_require(same, f\"{folder}: tie", "_require(True, f\"{folder}: tie"),
             ("file longer than its tensors", "require(base + end == length,", "require(base + end <= length,"),
             ("shared ranges of the data", 'fits = info["data_offsets"] == [start, end]', 'fits = info["data_offsets"][1] >= 0'),

@@ -744,7 +744,7 @@ def test_help_says_what_a_newcomer_must_know(capsys):
 
 def test_defaults_are_those_of_the_job():
     toy_flags, real_flags = train.parse_flags([]), train.parse_flags(["--model", "m", "--data", "d", "--out", "o"])
-    assert (toy_flags.beta, toy_flags.lr, toy_flags.batch_size) == (0.5, 5e-4, 64)
+    assert (toy_flags.beta, toy_flags.lr, toy_flags.batch_size) == (0.5, 1e-3, 64)
     assert (real_flags.beta, real_flags.lr, real_flags.batch_size) == (0.01, 7e-7, 128)
     one = train.parse_flags(["--epsilon", "0.2", "--epsilon-step", "0"])
     assert (one.epsilon_check, one.epsilon_step) == (0.2, 0.0)

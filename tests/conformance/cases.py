@@ -182,7 +182,7 @@ def not_monotone():
 
                 def want(c, sign=sign):
                     deltas = c["expected"]["delta_minus"] + c["expected"]["delta_plus"]
-                    return all(sign * x > 1e-3 for x in deltas)
+                    return all(sign * x > 3e-4 for x in deltas)
 
                 yield found(make, want, "method")
 
@@ -348,16 +348,15 @@ def packed():
 
 
 def near():
+    def make(rng, scale, seed):
+        rng.seed(1000 * seed + rng.randrange(1000))
+        epsilon = 0.01 if seed < 6 else 1e-4
+        return case("near the reference", [draw(rng, 2, 5, scale) for _ in range(6)], 0.1, epsilon, scale=scale)
+
     for exponent in range(0, -8, -1):
         for seed in range(8):
-
-            def make(rng, scale=10.0**exponent, seed=seed):
-                rng.seed(1000 * seed + rng.randrange(1000))
-                epsilon = 0.01 if seed < 6 else 1e-4
-                responses = [draw(rng, 2, 5, scale) for _ in range(6)]
-                return case("near the reference", responses, 0.1, epsilon, 0.01, scale=scale)
-
-            yield found(make)
+            yield found(lambda rng, scale=10.0**exponent, seed=seed: make(rng, scale, seed))
+    yield found(lambda rng: make(rng, 1e-7, 8), lambda c: fails(c, "logits_read_as_doubles"))
 
 
 def offsets():
@@ -403,11 +402,12 @@ def far():
 
 def fails(c: dict, mistake: str, arrays: dict | None = None) -> bool:
     """Whether what everybody answers (step, β̃, loss, next β) tells the mistake from the method."""
-    c = c if "floor" in c else complete(c)
-    if not c:
-        return False
     wrong = MISTAKES[mistake]().answer(arrays or to_arrays(c, "arithmetic"))
-    return bool(complaints(c, {k: wrong[k] for k in REQUIRED}, "arithmetic"))
+    if "floor" not in c:  # a draw: finish it only if there is a difference to judge
+        if all(np.allclose(wrong[k], c["expected"][k], rtol=1e-9) for k in ("step", "loss")):
+            return False
+        c = complete(c)
+    return bool(c) and bool(complaints(c, {k: wrong[k] for k in REQUIRED}, "arithmetic"))
 
 
 def all_cases() -> list[dict]:
