@@ -354,6 +354,9 @@ def test_a_model_by_hand():
     logits = model(rows(6))
     assert logits.shape == (2, 24, 6)
     assert 0 < (logits.softmax(-1) - 1 / 6).abs().max() < 0.1  # untrained: near uniform
+    for name, parameter in GPT(toy(model_type="qwen2")).named_parameters():
+        wanted = (1, 0) if name.endswith("norm.weight") else (0, 0) if name.endswith("bias") else (0, 0.02)
+        assert (parameter.mean().item(), parameter.std().item()) == pytest.approx(wanted, abs=3e-3), name
     twin = copy.deepcopy(model)
     assert twin.config == config and torch.equal(twin(rows(6)), logits)
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}

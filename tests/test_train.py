@@ -41,6 +41,7 @@ from tests.runs import (
 )
 
 pytestmark = pytest.mark.usefixtures("alone")
+FORECAST = train.forecast  # `alone` puts something quicker in its place
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
@@ -796,6 +797,24 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(folder, tmp_path, c
     assert train.main(argv_of(folder, out, "--overwrite", "--steps", 2)) == 0
     assert [line["step"] for line in steps_of(read_metrics(out))] == [1, 2]
     assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_figure_is_left_where_matplotlib_is(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert train.main(argv_of(folder, out, "--steps", 2)) == 0  # matplotlib cannot be imported: see `alone`
+    assert not (out / "run.svg").exists() and (out / "model/model.safetensors").exists()
+    monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    pytest.importorskip("matplotlib.figure")
+    assert train.main(argv_of(folder, out, "--steps", 2, "--overwrite")) == 0
+    assert (out / "run.svg").read_text().count("<svg") == 1
+
+
+def test_what_is_coming_is_said_before_any_time_is_spent():
+    pairs = pairs_of(id_rows(31))
+    said = FORECAST(tiny_model(), pairs, flags_of(batch_size=8, epochs=3))
+    assert "12 steps of 8 pairs" in said and "GB" in said and "hours" in said
+    tokens = int(re.search(r"about ([0-9,]+) tokens", said)[1].replace(",", ""))
+    assert tokens == pytest.approx(3 * sum(map(row_length, pairs)), rel=0.1)
 
 
 def test_the_toy_replaces_its_own_run_and_nothing_else(quick_toy, folder, capsys):
