@@ -48,7 +48,7 @@ def path(epsilon: float, steps: int = 256, every: int = 16) -> tuple[list[dict],
             if next(count) % every == 0:
                 logps.append(world.list_logps(policy))
 
-    flags, method = Flags(steps=steps), Watched(0.5, 0.01, epsilon)
+    flags, method = Flags(steps=steps), Watched(0.5, epsilon or 0.01, epsilon)
     return train(copy.deepcopy(reference), reference, pairs, flags, method), logps
 
 
@@ -59,9 +59,8 @@ def one_beta(figure: Figure) -> None:
     true = (world.reward[x, w] - world.reward[x, l]) + torch.rand(len(x), dtype=torch.float64) / 2 - 0.25
     axes = figure.subplots()
     axes.scatter(true, 0.5 * (ratio[x, w] - ratio[x, l]), 3, BLUE, alpha=0.4, linewidths=0)
-    axes.axline((0, 0), slope=1, color=ORANGE, label="the right temperature for every pair")
+    axes.axline((0, 0), slope=1, color=ORANGE)
     axes.set(xlabel="true log-odds of a pair (jittered)", ylabel="β · margin after 32 steps")
-    axes.legend()
 
 
 def perturbed(figure: Figure) -> None:
@@ -82,40 +81,36 @@ def perturbed(figure: Figure) -> None:
 
 
 def rounding(figure: Figure) -> None:
-    eps, shape, distances = 0.01, (2, 200, 10), np.logspace(-7, 0, 15)  # chosen and rejected, pairs, tokens
+    eps, distances, shares = 0.01, np.logspace(-7, 0, 15), []
+
+    def pairs(x):  # tokens of 400 responses -> differences of 200 pairs
+        return x.double().sum(-1)[:200] - x.double().sum(-1)[200:]
 
     def steps(f, g):
-        return beta_steps(*(delta.double().sum(-1).diff(dim=0)[0].neg() for delta in token_stats(f, g, y, eps)[2:4]))
-
-    def logits(model):
-        return model(tokens)[:, :-1].unflatten(0, shape[:2])
+        return beta_steps(*map(pairs, token_stats(f, g, y, eps)[2:4]))
 
     torch.manual_seed(0)
     size = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2}
     base = GPT(Config(**size, num_attention_heads=4)).requires_grad_(False)
     for p in base.parameters():
         p *= 4 if p.ndim == 2 else 1
-    tokens = torch.randint(100, (400, 11))
-    y, g, noise, shares = tokens[:, 1:].reshape(shape), logits(base), torch.randn(*shape, 100), []
+    (tokens, y), noise = torch.randint(100, (2, 400, 10)), torch.randn(400, 10, 100)
     for distance in map(float, distances):
-        f, policy = g + distance * noise, copy.deepcopy(base)
+        f, g, policy = base(tokens) + distance * noise, base(tokens), copy.deepcopy(base)
         for p in policy.parameters():
             p *= 1 + distance * torch.randn_like(p)
         logps = (perturbed_logits(f, g, s).log_softmax(-1) for s in (eps, 0, -eps))
-        minus, now, plus = (x.gather(-1, y[..., None]).double().sum((-1, -2)) for x in logps)
-        found = [steps(f, g), beta_steps(*((x - now)[0] - (x - now)[1] for x in (minus, plus)))]
-        truth = [steps(f.double(), g.double())] * 2 + [
-            steps(*(logits(copy.deepcopy(m).double()) for m in (policy, base)))
-        ] * 2
-        for bf16 in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                found.append(steps(logits(policy), logits(base)))
-        shares.append([(a == b).double().mean() for a, b in zip(found, truth)])
+        minus, now, plus = (x.gather(-1, y[..., None])[..., 0] for x in logps)
+        found = [steps(f, g), beta_steps(pairs(minus - now), pairs(plus - now)), steps(policy(tokens), g)]
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(steps(policy(tokens), base(tokens)))
+        truth = steps(f.double(), g.double()), steps(*(copy.deepcopy(m).double()(tokens) for m in (policy, base)))
+        shares.append([(x == truth[i // 2]).double().mean() for i, x in enumerate(found)])
     names = ("increments", "three log-softmaxes", "float32 body", "bfloat16 body")
     for i, axes in enumerate(figure.subplots(1, 2, sharey=True).repeat(2)):
         axes.semilogx(distances, [row[i] for row in shares], ".-", color=(BLUE, ORANGE)[i % 2], label=names[i])
-        axes.set(xlabel=("distance of the logits", "relative change of the weights")[i // 2], ylim=(-0.03, 1.03))
         axes.set_title(("given the logits, in float32", "out of a small GPT, by increments")[i // 2])
+        axes.set(xlabel=("distance of the logits", "relative change of the weights")[i // 2], ylim=(-0.03, 1.03))
         axes.legend(loc="lower right")
     figure.axes[0].set_ylabel("share of right decisions")
 
@@ -126,7 +121,7 @@ def beta(figure: Figure) -> None:
         lines = path(epsilon)[0]
         n, mean = np.arange(len(lines)), np.mean([line["steps/lower"] - line["steps/raise"] for line in lines])
         axes.semilogy(n, [line["beta"] for line in lines], color=color, label=f"ε {epsilon}, mean step {mean:.2f}")
-        axes.semilogy(n, 0.5 * np.exp(-epsilon * mean * n), "k:", label="law (19)" if color == ORANGE else None)
+        axes.semilogy(n, 0.5 * np.exp(-epsilon * mean * n), "k:")
     axes.set(xlabel="optimizer step", ylabel="β")
     axes.legend()
 
@@ -137,6 +132,7 @@ def mask(figure: Figure) -> None:
     names = [f"{('prompt', 'chosen', 'rejected', 'pad')[s]} {p}" for s, p in zip(segments, positions)]
     colors = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in (BLUE, GREEN, ORANGE, GREY)])
     seen = visible(batch.positions, batch.segments, None)[0, 0].numpy()[..., None]  # (T, T, 1)
+    figure.set_size_inches(4.5, 4.5)
     axes, places = figure.subplots(), np.arange(len(names)) + 0.5
     axes.pcolormesh(np.where(seen, colors[segments], 1.0), edgecolors="white", linewidth=1)
     axes.set(xlabel="is seen (segment, position)", ylabel="sees", aspect="equal", ylim=(len(names), 0))
@@ -157,16 +153,11 @@ def frontier(figure: Figure) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for draw, *size in (
-        (one_beta, 5, 3.5),
-        (perturbed, 8, 2.6),
-        (rounding, 8, 3.2),
-        (beta, 5, 3.2),
-        (mask, 4.5, 4.5),
-        (frontier, 5, 3.5),
-    ):
+    for draw in (one_beta, perturbed, rounding, beta, mask, frontier):
         if not sys.argv[1:] or draw.__name__ in sys.argv:
             with rc_context(STYLE):
-                figure = Figure(size, layout="constrained", facecolor="white")
+                figure = Figure(
+                    (8 if draw in (perturbed, rounding) else 5, 3.2), layout="constrained", facecolor="white"
+                )
                 draw(figure)
                 figure.savefig(Path(__file__).parents[1] / f"figures/{draw.__name__}.svg", metadata={"Date": None})

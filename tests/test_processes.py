@@ -33,7 +33,8 @@ from tests.runs import (
 
 pytestmark = pytest.mark.usefixtures("alone")
 FLOAT64 = (  # both models in double precision, where two orders of adding up cannot change a decision
-    "original = train.GPT.from_pretrained\ntrain.GPT.from_pretrained = lambda folder: original(folder).double()\n"
+    "load = train.GPT.from_pretrained\n"
+    "train.GPT.from_pretrained = lambda folder, **rest: load(folder, dtype=torch.float64, **rest)\n"
 )
 GRADIENTS = (  # what the optimizer is given at its first step, whole
     "step = torch.optim.AdamW.step\n"
@@ -229,16 +230,18 @@ def test_weights_that_are_not_finite_in_the_rows_of_one_process_stop_all(folder,
     assert any(re.search(r"error: .*ids.jsonl:3\b", log) for log in logs), logs
 
 
-def test_errors_that_all_processes_meet_are_one_line_each(folder, tmp_path):
+def test_bad_input_is_one_line_and_ends_both(folder, tmp_path):
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "metrics.jsonl").write_text("{}\n")
     for argv, named in (
         (argv_of(folder, tmp_path / "held"), "--overwrite"),
         (argv_of(folder, tmp_path / "new", data="absent.jsonl"), "absent.jsonl"),
+        (argv_of(folder, tmp_path / "new", "--beta", 0), "--beta"),
         (["--steps", "1"], "one process"),
     ):
         codes, logs = run_many(argv, tmp_path)
-        assert codes == [2, 2] and named in logs[0] and not any("Traceback" in log for log in logs)
+        assert codes[0] == 2 and codes[1] != 0 and "Traceback" not in logs[0]
+        assert re.search(rf"^train.py: error: .*{named}", logs[0], re.M), logs[0]
 
 
 def test_torchrun_ends_when_one_process_fails(folder, tmp_path):

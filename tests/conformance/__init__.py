@@ -1,8 +1,12 @@
-"""A conformance suite for anyone's implementation of ε-DPO. It needs Python 3.10, numpy and pytest; not torch, not `epsdpo.py`.
+"""A conformance suite for anyone's implementation of ε-DPO. It needs Python 3.10, numpy and pytest.
 
     pytest tests/conformance --impl my_package.my_module:my_function     a Python function (or my_file.py:my_function)
     pytest tests/conformance --command './my_port'                       a program in any language
-    python -m tests.conformance.cases > cases.jsonl                      the cases, to read or to run without pytest
+    python -m tests.conformance.scales my_package.my_module:my_function  a table: what passes, from which scale on
+    python -m tests.conformance.cases > cases.jsonl                      writes the cases; `cases.jsonl` here is what it wrote
+
+`--baseline harmonic` if next β is the authors' code's; `--level exact` if cases that float32 log-softmaxes cannot solve must
+pass as well; `--timeout SECONDS` for a slow program; `--confcutdir tests/conformance` where torch is not installed.
 
 A Python function takes one case and gives its answer; B pairs, 2B responses: chosen of pair i is i, rejected is B + i.
 

@@ -22,6 +22,12 @@ def pytest_addoption(parser):
     group.addoption("--timeout", type=float, default=60, metavar="SECONDS", help="for a run of the command")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With an implementation given, only it is tested: not the suite itself, nor ours beside TRL's."""
+    foreign = config.getoption("impl", None) or config.getoption("command", None)
+    return True if foreign and collection_path.name in ("test_suite.py", "test_trl.py") else None
+
+
 def implementations(config) -> list:
     # getoption has no such options when pytest was started from above and read this file too late to add them
     option = lambda name, default=None: config.getoption(name, default)  # noqa: E731

@@ -181,17 +181,17 @@ def gradient_complaints(case: dict, grads, right: dict) -> list[str]:
 
 
 def explanation(case: dict, answer, baseline: str) -> str:
-    """The mistake that gives this very answer, if one of the known ones does."""
+    """The known mistakes that give this very answer, if any does."""
     if not isinstance(answer, dict):
         return ""
-    names = [k for k in (*REQUIRED, "margin", "delta_minus", "delta_plus") if k in answer]
+    names, found = [k for k in (*REQUIRED, "margin", "delta_minus", "delta_plus") if k in answer], []
     for name in case.get("flags") or MISTAKES:
         wrong = MISTAKES[name]().answer(to_arrays(case, baseline))
         judged = case | {"expected": case["expected"] | {k: np.array(wrong[k]).tolist() for k in names}}
         judged["expected"]["next_beta"] = {baseline: float(wrong["next_beta"])}
         if not complaints(judged, {k: answer[k] for k in names} | {"partial": True}, baseline):
-            return f"{MISTAKES[name].__doc__} [{name}]"
-    return ""
+            found.append(f"{' '.join(MISTAKES[name].__doc__.split())} [{name}]")
+    return "\n    or: ".join(found[:3])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
