@@ -182,7 +182,17 @@ class Tokenizer:
         """How many ids at the front mark a beginning: the tokenizer's own, or a bos_token the template asks for."""
         if self.lead and ids[: len(self.lead)] == self.lead:
             return len(self.lead)
-        return int("bos_token" in (self.source or "") and ids[:1] == [self.id_of(self.special.get("bos_token", ""))])
+        return int(self.template_opens and ids[:1] == [self.id_of(self.special["bos_token"])])
+
+    @cached_property
+    def template_opens(self) -> bool:
+        """Whether the template begins a dialogue with the bos_token, and not every turn of it."""
+        turns = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
+        try:
+            text, bos = self.render(turns), self.special.get("bos_token")
+        except ValueError:  # no template, or one that refuses
+            return False
+        return bool(bos) and text.startswith(bos) and text.count(bos) == 1
 
     @cached_property
     def template(self):
@@ -304,6 +314,8 @@ def one_form(row: dict) -> tuple[str, list]:
     if form == "text" and beside == "messages":
         form, chosen, rejected = "messages", *([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     places = None
+    if form == beside == "text" and TURN in prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # whole dialogues beside the prompt in them
     if form == "text" and beside == "absent":
         places = [mark.end() for mark in re.finditer(TURN, chosen)]
     elif form == "messages" and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:

@@ -84,7 +84,8 @@ def perturbed_logits(policy_logits: Tensor, ref_logits: Tensor, s: float) -> Ten
     """
     if policy_logits.shape != ref_logits.shape:
         raise ValueError(f"policy logits {tuple(policy_logits.shape)} and reference logits {tuple(ref_logits.shape)}")
-    policy_logits, ref_logits = _at_least_float32(policy_logits), _at_least_float32(ref_logits)
+    dtype = _common_dtype(policy_logits, ref_logits)
+    policy_logits, ref_logits = policy_logits.to(dtype), ref_logits.to(dtype)
     return policy_logits + s * (policy_logits - ref_logits)
 
 
@@ -96,6 +97,8 @@ def token_stats_by_definition(
     For reading and porting. `token_stats` gives the same numbers where these cancel. Arguments and errors are its own.
     """
     _check_logits(policy_logits, ref_logits, labels, epsilon_check)
+    if not (policy_logits.isfinite().all() and ref_logits.isfinite().all()):
+        raise ValueError("logits are not finite: the policy or the reference has overflowed")
     f, f_ref = policy_logits.double(), ref_logits.double()
 
     def log_probs(s: float) -> Tensor:  # (..., V)
@@ -124,8 +127,8 @@ def token_stats(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, epsil
     """
     _check_logits(policy_logits, ref_logits, labels, epsilon_check)
     vocab = policy_logits.shape[-1]
-    f = _at_least_float32(policy_logits).reshape(-1, vocab)  # (M, V)
-    f_ref = _at_least_float32(ref_logits).to(f.dtype).reshape(-1, vocab)
+    dtype = _common_dtype(policy_logits, ref_logits)
+    f, f_ref = (logits.to(dtype).reshape(-1, vocab) for logits in (policy_logits, ref_logits))  # (M, V)
     stats = _chunk_stats(f.detach(), f_ref.detach(), labels.reshape(-1), epsilon_check)
     _check_finite(stats)
     logp = f.log_softmax(-1).gather(-1, labels.reshape(-1, 1)).squeeze(-1)  # once more, with gradient
@@ -177,13 +180,11 @@ class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.chunk_size = chunk_size
+        ctx.chunk_size, ctx.dtype = chunk_size, _common_dtype(hidden, weight, ref_hidden, ref_weight)
+        w, ref_w = weight.to(ctx.dtype), ref_weight.to(ctx.dtype)
         with _no_autocast(hidden):
-            f_weight, f_ref_weight = _at_least_float32(weight), _at_least_float32(ref_weight)
             chunks = [
-                _chunk_stats(
-                    h.to(f_weight.dtype) @ f_weight.T, r.to(f_ref_weight.dtype) @ f_ref_weight.T, y, epsilon_check
-                )
+                _chunk_stats(h.to(ctx.dtype) @ w.T, r.to(ctx.dtype) @ ref_w.T, y, epsilon_check)
                 for h, r, y in zip(*(x.split(chunk_size) for x in (hidden, ref_hidden, labels)))
             ]
         stats = tuple(torch.cat(column) for column in zip(*chunks))
@@ -194,8 +195,7 @@ class _LinearTokenStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         hidden, weight, labels = ctx.saved_tensors
-        w = _at_least_float32(weight)
-        grad = grad.to(w.dtype)
+        w, grad = weight.to(ctx.dtype), grad.to(ctx.dtype)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(w)
         with _no_autocast(hidden):
             for start in range(0, len(hidden), ctx.chunk_size):
@@ -316,7 +316,8 @@ def epsdpo_loss(chosen: TokenStats, rejected: TokenStats, beta: float, epsilon_s
     """−log σ(β̃·margin) for pairs of responses, from per-response sums of shape (B,).
 
     β = `beta` > 0, the batch's baseline; ε_s = `epsilon_step` in [0, 0.5]: 0 is plain DPO to the bit. Raises ValueError
-    for either outside its range, shapes that are not one (B,), and deltas that are not finite.
+    for either outside its range, shapes that are not one (B,), and numbers that are not finite. B = 0 is allowed (a
+    process without pairs): its `losses` are empty and their mean is nan.
     """
     _check_beta(beta, epsilon_step)
     shapes = {tuple(x.shape) for stats in (chosen, rejected) for x in stats if x is not None}
@@ -328,6 +329,8 @@ def epsdpo_loss(chosen: TokenStats, rejected: TokenStats, beta: float, epsilon_s
     margin = (chosen.logp.double() - chosen.ref_logp.double()) - (rejected.logp.double() - rejected.ref_logp.double())
     beta_of_step = (beta, beta / (1 + epsilon_step), beta / (1 - epsilon_step))  # indexed by step: 0, +1, −1
     beta_pair = torch.tensor(beta_of_step, dtype=torch.float64, device=margin.device)[step]  # constant to the gradient
+    if not margin.isfinite().all():
+        raise ValueError("log-probabilities must be finite: the margin of a pair is not")
     losses = -F.logsigmoid(beta_pair * margin)
     uncertain = torch.zeros_like(step, dtype=torch.bool)
     if chosen.floor is not None and rejected.floor is not None:
@@ -352,8 +355,9 @@ def next_beta(beta: float, n_lower: int, n_keep: int, n_raise: int, epsilon_step
 # Checks
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of them is, else float32: numbers that are subtracted must not have been rounded apart."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:

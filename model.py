@@ -66,7 +66,11 @@ transformers.js_config unsloth_fixed model_max_length max_sequence_length max_le
 top_k top_p num_beams num_return_sequences repetition_penalty diversity_penalty length_penalty""".split()
 # Any other key must be off (null, false or empty) or text, and these neutral:
 NEUTRAL = {"partial_rotary_factor": (None, 1), "pretraining_tp": (None, 1), "logit_scale": (None, 1)}
-NEUTRAL |= {"hidden_activation": (None, "silu"), "position_embedding_type": (None, "rope", "rotary")}
+NEUTRAL |= {
+    "is_causal": (None, True),
+    "hidden_activation": (None, "silu"),
+    "position_embedding_type": (None, "rope", "rotary"),
+}
 
 
 def _is(kind: str, value: object) -> bool:

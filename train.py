@@ -26,8 +26,11 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -73,6 +76,7 @@ class Flags:
     epochs: int = 1  # passes over the data
     steps: int | None = None  # optimizer steps, in place of --epochs
     micro_tokens: int = 2048  # tokens in one forward pass of one process: fewer need less memory
+    gradient_checkpointing: bool = False  # keep only the inputs of layers, compute the rest twice: less memory
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.0  # AdamW's
     max_length: int = 2048  # tokens of a prompt and one response
@@ -100,6 +104,7 @@ class Flags:
         self.epsilon_step = self.epsilon if self.epsilon_step is None else self.epsilon_step
         for name, ok, expected in (
             ("model", bool(self.model) == bool(self.data), "--model and --data come together"),
+            ("eval_data", real or not self.eval_data, "goes with --model and --data"),
             ("out", not real or self.out or self.show, "a folder, for a run on real data"),
             ("show", real or not self.show, "pairs of --data; give --model and --data too"),
             ("beta", 0 < self.beta < math.inf, "a finite number above 0"),
@@ -142,11 +147,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> Flags:
         if f.type == "bool":
             kind = {"action": "store_true"}
         elif f.type.startswith("tuple"):
-            kind = {"type": str, "nargs": "+", "metavar": "FILE"}
+            kind = {"type": str, "nargs": "+", "metavar": "FILE", "action": "extend"}
         else:
             of_type = {"int": int, "float": float, "str": str}[f.type.split()[0]]
             kind = {"type": of_type, "metavar": {int: "N", float: "X", str: "NAME"}[of_type]}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text.replace("%", "%%"), **kind)
+        default = list(f.default) if f.default == () else f.default  # what "extend" extends
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=text.replace("%", "%%"), **kind)
     return Flags(**vars(parser.parse_args(argv)))
 
 
@@ -262,7 +268,7 @@ RESULTS = ("metrics.jsonl", "checkpoint.pt", "model", "run.svg")
 # Flags that a resumed run may change: they alter neither the data nor the numbers (micro_tokens: their last bits only).
 FREE_ON_RESUME = {
     *("model", "data", "eval_data", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show"),
-    *("resume", "overwrite"),
+    *("resume", "overwrite", "gradient_checkpointing"),
 }
 
 
@@ -287,12 +293,18 @@ def claim(out: Path, flags: Flags) -> None:
 
     Without --out, the toy replaces an earlier toy in its default folder and nothing else.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if not flags.out and json.loads((out / "flags.json").read_text())["model"] == "":
-            flags.overwrite = not flags.resume
+    before = {}
+    with contextlib.suppress(OSError, ValueError):
+        before = dict(json.loads((out / "flags.json").read_text()))
+    if not flags.out and before.get("model") == "":
+        flags.overwrite = not flags.resume
     held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
-    if flags.resume and "flags.json" not in held:
-        raise ValueError(f"--resume: {out} holds no run to go on with")
+    for path in filter(None, (flags.model, *flags.data, *flags.eval_data)):
+        if any(Path(path).resolve().is_relative_to((out / name).resolve()) for name in RESULTS):
+            raise ValueError(f"--out {out}: this run would replace {path}, which it reads; choose another folder")
+    # A run that was to save checkpoints and has none was killed before its first: it starts again.
+    if flags.resume and not ("checkpoint.pt" in held or (before.get("save_every") and "model" not in held)):
+        raise ValueError(f"--resume: {out} holds no checkpoint (--save-every writes them)")
     if held and not (flags.resume or flags.overwrite):
         raise ValueError(f"--out {out}: holds a run ({', '.join(held)}): --resume goes on, --overwrite replaces it")
     out.mkdir(parents=True, exist_ok=True)
@@ -304,9 +316,10 @@ def begin(out: Path, flags: Flags, lines: list[dict[str, float]]) -> TextIO:
     """Make `out` this run's, now that all is checked, and open metrics.jsonl behind the lines it has so far."""
     for name in () if flags.resume else RESULTS:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    for torn in out.glob(".*.tmp"):  # a save that was killed
+    for torn in out.rglob(".*.tmp"):  # a save that was killed
         torn.unlink()
-    replace_file(out / "flags.json", lambda f: f.write(json.dumps(dataclasses.asdict(flags), indent=2).encode()))
+    if not flags.resume:  # its time stays that of the first start, which `real_job` asks for
+        replace_file(out / "flags.json", lambda f: f.write(json.dumps(dataclasses.asdict(flags), indent=2).encode()))
     replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in lines))
     return open(out / "metrics.jsonl", "a", encoding="utf-8")
 
@@ -324,11 +337,13 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict
     """Put a checkpoint's state in place; return the steps done and their metrics. ValueError if it is another run's."""
     path = out / "checkpoint.pt"
     try:
+        if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch itself does not look at the checksums
+            raise ValueError(f"{broken} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         differ = [name for name, value in who.items() if state["identity"].get(name) != value]
         weights, moments, lines = state["weights"], state["moments"], json.loads(state["metrics"])
     except Exception as e:  # torch.load fails in many ways on what is no checkpoint
-        raise ValueError(f"{path}: not a checkpoint of this program: {type(e).__name__}: {e}") from e
+        raise ValueError(f"{path}: not a checkpoint of this program: {str(e).splitlines()[0]}") from e
     if differ:
         raise ValueError(f"{path}: is of a run in which {', '.join(differ)} had another value: resume with the same")
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
@@ -414,18 +429,22 @@ def train(
     asked to stop, after saving.
     """
     method = method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
-    rank = rank_and_world()[0]
+    rank, world = rank_and_world()
+    shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
+    if shared and world == 1:
+        raise ValueError("the reference shares storage with the policy: it would move with it; give it a copy")
     policy.requires_grad_(True)
     reference.requires_grad_(False)
+    policy.gradient_checkpointing = flags.gradient_checkpointing
     optimizer = torch.optim.AdamW(policy.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, fused=True)
-    steps_per_epoch = math.ceil(len(pairs) / flags.batch_size)
+    device, steps_per_epoch = next(policy.parameters()).device, math.ceil(len(pairs) / flags.batch_size)
     steps = flags.steps or flags.epochs * steps_per_epoch
     done, lines, file = 0, [], None
     if out:
         who, room = identity(flags, [*pairs, *eval_pairs]), shutil.disk_usage(out).free
-        if room < (need := count(policy) * (4 + 12 * bool(flags.save_every))):
+        if room < (need := count(policy) * (4 + 24 * bool(flags.save_every))):  # the new checkpoint beside the old one
             raise ValueError(f"--out {out}: has {room / 1e9:.1f} GB left, the run will write {need / 1e9:.1f} GB")
-        if flags.resume and (out / "checkpoint.pt").exists():  # else it was killed before its first one
+        if flags.resume and (out / "checkpoint.pt").exists():
             done, lines = load_checkpoint(out, policy, optimizer, method, who)
         file = begin(out, flags, lines) if rank == 0 else None
     saved, beta_left = done, False
@@ -438,7 +457,15 @@ def train(
 
     def evaluated(step: int) -> None:
         if eval_pairs:
-            write(step, evaluate(policy, reference, eval_pairs, method, flags))
+            write(step, line := evaluate(policy, reference, eval_pairs, method, flags))
+            numbers = (
+                line[f"eval/rewards/{name}"] for name in ("accuracies", "accuracies_se", "margins", "margins_se")
+            )
+            text = "accuracy {:.3f} ± {:.3f}, reward margin {:.4f} ± {:.4f}".format(*numbers)
+            if rank == 0:
+                print(
+                    f"step {step}, {len(eval_pairs)} held-out pairs: {text}, loss {line['eval/loss']:.4f}", flush=True
+                )
 
     bar = tqdm(range(done, steps), "train", steps, False, initial=done, unit="step", disable=rank != 0)
     with file or contextlib.nullcontext(), bar, stop_signal() as asked:
@@ -471,8 +498,8 @@ def train(
                 line = {"epoch": (step + 1) / steps_per_epoch, "learning_rate": group["lr"], "grad_norm": norm}
                 line |= {"beta": beta} | {name: value / len(batch) for name, value in sums.items()}
                 line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-                write(step + 1, line | {"memory_gb": memory_gb()})
-                shown = (line["loss"], beta, line["rewards/accuracies"], tokens / seconds, memory_gb())
+                write(step + 1, line | {"memory_gb": memory_gb(device)})
+                shown = (line["loss"], beta, line["rewards/accuracies"], tokens / seconds, memory_gb(device))
                 bar.set_postfix_str("loss {:.4f} β {:.4g} accuracy {:.2f} {:.0f} tok/s {:.1f} GB".format(*shown))
                 if not beta_left and not flags.beta / 100 <= method.beta <= 100 * flags.beta:
                     beta_left = True
@@ -502,9 +529,9 @@ def rows(pairs: Sequence[Pair]) -> str:
     return ", ".join(f"{Path(pair.file).name}:{pair.line}" for pair in pairs[:8]) + " …" * (len(pairs) > 8)
 
 
-def memory_gb() -> float:
+def memory_gb(device: torch.device) -> float:
     """The peak so far: the device's on a GPU, the process's on a CPU."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
@@ -573,6 +600,8 @@ def real_job(flags: Flags, device: torch.device) -> None:
     out, folder = Path(flags.out), Path(flags.model)
     config = Config.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+    if tokenizer and flags.resume and (out / "flags.json").exists():  # templates may write the date: that of the start
+        tokenizer.now = datetime.fromtimestamp((out / "flags.json").stat().st_mtime)
     rules = {name: getattr(flags, name) for name in ("max_length", "max_prompt_length", "skip_bad_rows")}
     rules |= {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "progress": rank_and_world()[0] == 0}
     rules |= {"max_position_embeddings": config.max_position_embeddings}
@@ -591,24 +620,17 @@ def real_job(flags: Flags, device: torch.device) -> None:
         held = min(flags.eval_size, len(pairs) // 3)
         eval_pairs, pairs = [pairs[i] for i in np.sort(order[:held])], [pairs[i] for i in np.sort(order[held:])]
         print(f"held out: {held} of them, {len(pairs):,} to train on")
-    if not pairs:
-        raise ValueError(f"--data {' '.join(flags.data)}: no pair is left to train on")
+    if not pairs or (flags.eval_data and not eval_pairs):
+        raise ValueError("--data or --eval-data: no usable pair is left")
     policy, reference = (GPT.from_pretrained(folder, device=device, prepare=shard) for _ in range(2))
     print(forecast(policy, pairs, flags))
     shown = eval_pairs[: flags.samples] if rank_and_world()[1] == 1 and tokenizer else []
-    before = answers(policy, shown)
+    ends = Counter(int(pair.chosen[-1]) for pair in [*pairs, *eval_pairs] if not pair.cut[1]) or Counter([-1])
+    before = answers(policy, shown, end := ends.most_common(1)[0][0])
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out)
-    for pair, old, new in zip(shown, before, answers(policy, shown)):
+    for pair, old, new in zip(shown, before, answers(policy, shown, end)):
         texts = [tokenizer.decode(ids).strip()[-400:] for ids in (pair.prompt, old, new)]
         print("\nprompt: …{}\nbefore: {}\nafter:  {}".format(*texts))
-    for line in lines:
-        if "eval/loss" in line:
-            accuracy, margin, loss = (line[f"eval/{x}"] for x in ("rewards/accuracies", "rewards/margins", "loss"))
-            errors = line["eval/rewards/accuracies_se"], line["eval/rewards/margins_se"]
-            print(
-                f"step {line['step']}, {line['eval/pairs']} held-out pairs: accuracy {accuracy:.3f} ± {errors[0]:.3f}, "
-                f"reward margin {margin:.4f} ± {errors[1]:.4f}, loss {loss:.4f}"
-            )
     leave_results(policy, lines, out)
 
 
@@ -622,9 +644,14 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     started = time.perf_counter()
     (a @ a @ a @ a).sum().item()
     rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
-    # 4 bytes each: the policy's weights, gradient and two moments, the reference's weights, and what backward needs.
-    kept = c.num_hidden_layers * (14 * c.hidden_size + 4 * c.intermediate_size) + 4 * c.vocab_size
-    memory = (20 * count(policy) / world + 4 * kept * max(flags.micro_tokens, row)) / 1e9
+    # Numbers of 4 bytes: the policy's weights, gradient and two moments and the reference's weights; with more than one
+    # process embeddings and heads whole (policy's, gradient, reference's); what backward needs; a chunk of the head.
+    layer, table = 14 * c.hidden_size + 4 * c.intermediate_size, c.vocab_size * c.hidden_size
+    kept = (
+        layer * c.num_hidden_layers if not flags.gradient_checkpointing else layer + c.hidden_size * c.num_hidden_layers
+    )
+    whole = (3 if c.tie_word_embeddings else 6) * table * (world > 1)
+    memory = 4e-9 * (5 * count(policy) / world + whole + kept * max(flags.micro_tokens, row) + 1024 * c.vocab_size)
     hours = 8 * count(policy) * tokens / rate / 3600 / world
     return (
         f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {memory:.1f} GB on each "
@@ -633,11 +660,9 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
 
 
 @torch.no_grad()
-def answers(policy: GPT, pairs: Sequence[Pair]) -> list[list[int]]:
+def answers(policy: GPT, pairs: Sequence[Pair], end: int) -> list[list[int]]:
     """Greedy responses to the pairs' prompts, for a look at what training did."""
-    ends = [int(pair.chosen[-1]) for pair in pairs]
-    prompts = [pair.prompt.tolist() for pair in pairs]
-    return policy.generate(prompts, 64, eos=max(set(ends), key=ends.count)) if pairs else []
+    return policy.generate([pair.prompt.tolist() for pair in pairs], 64, eos=end) if pairs else []
 
 
 def leave_results(policy: GPT, lines: list[dict[str, float]], out: Path) -> None:
@@ -678,8 +703,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         flags = parse_flags(argv)
         name = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if name.startswith("mps"):
-            raise ValueError("--device mps: it has no float64, which the sums over responses need; use cpu")
+        if name.split(":")[0] not in ("cpu", "cuda"):  # mps has no float64, which the sums over responses need
+            raise ValueError(f"--device {name}: auto, cpu or cuda expected (mps has no float64)")
         try:
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError) as e:
@@ -693,8 +718,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout = open(os.devnull, "w")
         (real_job if flags.model else toy_job)(flags, torch.device(name))
         return 0
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        print(
+            f"train.py: error: out of memory, try fewer --micro-tokens or --gradient-checkpointing: {e}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as e:
         print(f"train.py: {e or 'stopped at once'}", file=sys.stderr)

@@ -1,16 +1,12 @@
-"""The tutorial's figures: `python -m experiments.figures` writes all into figures/, `… mask beta` these two.
-
-Needs the `plot` extra. Seconds each; `one_beta`, `beta` and `frontier` train on the toy, minutes together.
-"""
+"""The tutorial's figures (`plot` extra): `python -m experiments.figures` writes all, `… mask beta` these two."""
 
 import copy
 import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import rc_context
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 import toy
@@ -20,7 +16,7 @@ from model import GPT, Config, visible
 from train import TOY_MODEL, TOY_PAIRS, TOY_SCALE, EpsDPO, Flags, train
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind readers too
-STYLE = {"svg.hashsalt": "epsdpo", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+rcParams.update({"svg.hashsalt": "1", "axes.spines.top": 0, "axes.spines.right": 0, "legend.frameon": 0})
 
 
 @cache
@@ -37,28 +33,27 @@ def toy_world() -> tuple[toy.World, GPT, torch.Tensor, list[Pair]]:
 
 
 @cache
-def path(epsilon: float, steps: int = 256, every: int = 16) -> tuple[list[dict], list[torch.Tensor]]:
-    """Metrics of a toy run, and log π of all responses before it and after each `every` steps."""
+def path(epsilon: float) -> tuple[list[dict], list[torch.Tensor]]:
+    """Metrics of a toy run of 256 steps, and log π of all responses before it and after each 16 steps."""
     world, reference, ref_logp, pairs = toy_world()
-    logps, count = [ref_logp], iter(range(1, steps + 1))
+    logps, count = [ref_logp], iter(range(1, 257))
 
     class Watched(EpsDPO):
         def after_step(self, sums, policy, reference):
             super().after_step(sums, policy, reference)
-            if next(count) % every == 0:
-                logps.append(world.list_logps(policy))
+            logps.extend([world.list_logps(policy)] if next(count) % 16 == 0 else [])
 
-    flags, method = Flags(steps=steps), Watched(0.5, epsilon or 0.01, epsilon)
-    return train(copy.deepcopy(reference), reference, pairs, flags, method), logps
+    method = Watched(beta=0.5, epsilon_check=epsilon or 0.01, epsilon_step=epsilon)
+    return train(copy.deepcopy(reference), reference, pairs, Flags(), method), logps
 
 
 def one_beta(figure: Figure) -> None:
     world, _, ref_logp, _ = toy_world()
-    ratio = path(0.0, steps=32)[1][-1] - ref_logp
-    x, w, l = toy.sample_pairs(ref_logp, world.reward, 1500, TOY_SCALE, seed=1)
-    true = (world.reward[x, w] - world.reward[x, l]) + torch.rand(len(x), dtype=torch.float64) / 2 - 0.25
+    ratio = path(0.0)[1][2] - ref_logp
+    x, w, l = toy.sample_pairs(ref_logp, world.reward, 800, TOY_SCALE, seed=1)
+    true = world.reward[x, w] - world.reward[x, l] + torch.rand(len(x), dtype=torch.float64) / 2 - 0.25
     axes = figure.subplots()
-    axes.scatter(true, 0.5 * (ratio[x, w] - ratio[x, l]), 3, BLUE, alpha=0.4, linewidths=0)
+    axes.scatter(true, 0.5 * (ratio[x, w] - ratio[x, l]), 4, BLUE, alpha=0.4, linewidths=0)
     axes.axline((0, 0), slope=1, color=ORANGE)
     axes.set(xlabel="true log-odds of a pair (jittered)", ylabel="β · margin after 32 steps")
 
@@ -76,22 +71,18 @@ def perturbed(figure: Figure) -> None:
         for i, label in zip((50, 100, 150), ("β⁺", "β", "β⁻")):
             axes.plot(x[i], z[i], "o", color=ORANGE)
             axes.annotate(label, (x[i], z[i]), (0, 7), textcoords="offset points", ha="center")
-        axes.set(title=title, xlabel="λ", ylabel="log-odds z")
-        axes.label_outer()
+        axes.set(title=title, xlabel="λ", ylabel="log-odds z" if title[0] == "l" else None)
 
 
 def rounding(figure: Figure) -> None:
-    eps, distances, shares = 0.01, np.logspace(-7, 0, 15), []
+    distances, shares = np.logspace(-7, 0, 15), []
 
-    def pairs(x):  # tokens of 400 responses -> differences of 200 pairs
-        return x.double().sum(-1)[:200] - x.double().sum(-1)[200:]
-
-    def steps(f, g):
-        return beta_steps(*map(pairs, token_stats(f, g, y, eps)[2:4]))
+    def steps(stats) -> torch.Tensor:  # numbers of the tokens of 400 responses -> steps of 200 pairs
+        sums = torch.stack(stats[2:4]).double().sum(-1)
+        return beta_steps(*(sums[:, :200] - sums[:, 200:]))
 
     torch.manual_seed(0)
-    size = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2}
-    base = GPT(Config(**size, num_attention_heads=4)).requires_grad_(False)
+    base = GPT(Config(**TOY_MODEL | {"vocab_size": 100})).requires_grad_(False)
     for p in base.parameters():
         p *= 4 if p.ndim == 2 else 1
     (tokens, y), noise = torch.randint(100, (2, 400, 10)), torch.randn(400, 10, 100)
@@ -99,20 +90,21 @@ def rounding(figure: Figure) -> None:
         f, g, policy = base(tokens) + distance * noise, base(tokens), copy.deepcopy(base)
         for p in policy.parameters():
             p *= 1 + distance * torch.randn_like(p)
-        logps = (perturbed_logits(f, g, s).log_softmax(-1) for s in (eps, 0, -eps))
+        logps = (perturbed_logits(f, g, s).log_softmax(-1) for s in (0.01, 0, -0.01))
         minus, now, plus = (x.gather(-1, y[..., None])[..., 0] for x in logps)
-        found = [steps(f, g), beta_steps(pairs(minus - now), pairs(plus - now)), steps(policy(tokens), g)]
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(steps(policy(tokens), base(tokens)))
-        truth = steps(f.double(), g.double()), steps(*(copy.deepcopy(m).double()(tokens) for m in (policy, base)))
+            bf16 = policy(tokens), base(tokens)
+        exact = [copy.deepcopy(model).double()(tokens) for model in (policy, base)]
+        logits = (f, g), (policy(tokens), g), bf16, (f.double(), g.double()), exact
+        ours, body, bf16, *truth = (steps(token_stats(*two, y, 0.01)) for two in logits)
+        found = (ours, steps((now, now, minus - now, plus - now)), body, bf16)
         shares.append([(x == truth[i // 2]).double().mean() for i, x in enumerate(found)])
-    names = ("increments", "three log-softmaxes", "float32 body", "bfloat16 body")
     for i, axes in enumerate(figure.subplots(1, 2, sharey=True).repeat(2)):
-        axes.semilogx(distances, [row[i] for row in shares], ".-", color=(BLUE, ORANGE)[i % 2], label=names[i])
-        axes.set_title(("given the logits, in float32", "out of a small GPT, by increments")[i // 2])
+        label = ("increments", "three log-softmaxes", "float32 body", "bfloat16 body")[i]
+        axes.semilogx(distances, [row[i] for row in shares], ".-", color=(BLUE, ORANGE)[i % 2], label=label)
         axes.set(xlabel=("distance of the logits", "relative change of the weights")[i // 2], ylim=(-0.03, 1.03))
+        axes.set_title("share of right decisions, " + ("given the logits", "out of a small GPT")[i // 2])
         axes.legend(loc="lower right")
-    figure.axes[0].set_ylabel("share of right decisions")
 
 
 def beta(figure: Figure) -> None:
@@ -128,21 +120,20 @@ def beta(figure: Figure) -> None:
 
 def mask(figure: Figure) -> None:
     batch = collate([Pair(*(np.zeros(n, int) for n in sizes)) for sizes in ((3, 4, 3), (3, 5, 4))])
-    segments, positions = batch.segments[0].numpy(), batch.positions[0].tolist()
-    names = [f"{('prompt', 'chosen', 'rejected', 'pad')[s]} {p}" for s, p in zip(segments, positions)]
+    segments, kinds = batch.segments[0].numpy(), ("prompt", "chosen", "rejected", "pad")
+    names = [f"{kinds[s]} {p}" for s, p in zip(segments, batch.positions[0].tolist())]
     colors = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in (BLUE, GREEN, ORANGE, GREY)])
     seen = visible(batch.positions, batch.segments, None)[0, 0].numpy()[..., None]  # (T, T, 1)
     figure.set_size_inches(4.5, 4.5)
     axes, places = figure.subplots(), np.arange(len(names)) + 0.5
     axes.pcolormesh(np.where(seen, colors[segments], 1.0), edgecolors="white", linewidth=1)
-    axes.set(xlabel="is seen (segment, position)", ylabel="sees", aspect="equal", ylim=(len(names), 0))
-    axes.set_xticks(places, names, rotation=90)
-    axes.set_yticks(places, names)
+    axes.set(aspect="equal", xlabel="is seen (segment, position)", ylabel="sees")
+    axes.set(xticks=places, xticklabels=names, yticks=places, yticklabels=names, ylim=(len(names), 0))
+    axes.tick_params("x", rotation=90)
 
 
 def frontier(figure: Figure) -> None:
-    world, _, ref_logp, _ = toy_world()
-    axes, kls = figure.subplots(), np.linspace(0, 1.6, 50)
+    (world, _, ref_logp, _), axes, kls = toy_world(), figure.subplots(), np.linspace(0, 1.6, 50)
     axes.plot(kls, [toy.frontier(ref_logp, world.reward, k) for k in kls], color=GREY, label="frontier of the optimum")
     for name, epsilon, color in (("DPO", 0.0, BLUE), ("ε-DPO, ε 0.01", 0.01, ORANGE)):
         points = zip(*((toy.kl(x, ref_logp), toy.mean_reward(x, world.reward)) for x in path(epsilon)[1]))
@@ -155,9 +146,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for draw in (one_beta, perturbed, rounding, beta, mask, frontier):
         if not sys.argv[1:] or draw.__name__ in sys.argv:
-            with rc_context(STYLE):
-                figure = Figure(
-                    (8 if draw in (perturbed, rounding) else 5, 3.2), layout="constrained", facecolor="white"
-                )
-                draw(figure)
-                figure.savefig(Path(__file__).parents[1] / f"figures/{draw.__name__}.svg", metadata={"Date": None})
+            figure = Figure((8 if draw in (perturbed, rounding) else 5, 3.2), layout="constrained", facecolor="white")
+            draw(figure)
+            figure.savefig(f"figures/{draw.__name__}.svg", metadata={"Date": None})

@@ -74,7 +74,7 @@ MUTANTS = [
             ("gradient without the label", ".scatter_add_(-1, y, g)  #", "  #"),
             ("autocast left on around the head", "torch.autocast(x.device.type, enabled=False)",
              "torch.autocast(x.device.type, torch.bfloat16)"),
-            ("logits of bf16 left in bf16", "return x if x.dtype == torch.float64 else x.float()", "return x"),
+            ("float64 rounded to float32", "any(x.dtype == torch.float64 for x in tensors)", "False"),
             ("floor of nothing", "2.0**-16 * (u_abs", "2.0**-40 * (u_abs"),
             ("floor without the rounding of d", "floor += epsilon * 2.0**-23", "floor += 0 * 2.0**-23"),
             ("label outside the vocabulary", "if labels.numel() and not 0 <=", "if False and not 0 <="),

@@ -180,17 +180,23 @@ def gradient_complaints(case: dict, grads, right: dict) -> list[str]:
     return []
 
 
-def explanation(case: dict, answer, baseline: str) -> str:
-    """The known mistakes that give this very answer, if any does."""
-    if not isinstance(answer, dict):
-        return ""
-    names, found = [k for k in (*REQUIRED, "margin", "delta_minus", "delta_plus") if k in answer], []
-    for name in case.get("flags") or MISTAKES:
-        wrong = MISTAKES[name]().answer(to_arrays(case, baseline))
-        judged = case | {"expected": case["expected"] | {k: np.array(wrong[k]).tolist() for k in names}}
-        judged["expected"]["next_beta"] = {baseline: float(wrong["next_beta"])}
-        if not complaints(judged, {k: answer[k] for k in names} | {"partial": True}, baseline):
-            found.append(f"{' '.join(MISTAKES[name].__doc__.split())} [{name}]")
+def explanation(failures: list[tuple[dict, object]], baseline: str, sample: int = 12) -> str:
+    """The known mistakes that give the very answers of most failing cases, if any gives one."""
+    explained = dict.fromkeys(MISTAKES, 0)
+    for case, answer in failures[:sample]:
+        if not isinstance(answer, dict):
+            continue
+        names, arrays = (
+            [k for k in (*REQUIRED, "margin", "delta_minus", "delta_plus") if k in answer],
+            to_arrays(case, baseline),
+        )
+        for name in MISTAKES:
+            wrong = MISTAKES[name]().answer(arrays)
+            expected = case["expected"] | {k: np.array(wrong[k]).tolist() for k in names}
+            judged = case | {"expected": expected | {"next_beta": {baseline: float(wrong["next_beta"])}}}
+            explained[name] += not complaints(judged, {k: answer[k] for k in names} | {"partial": True}, baseline)
+    most = max(explained.values())
+    found = [f"{' '.join(MISTAKES[k].__doc__.split())} [{k}]" for k, n in explained.items() if n == most > 0]
     return "\n    or: ".join(found[:3])
 
 
@@ -245,6 +251,9 @@ def smaller(case: dict):
 
     if half > 1:
         yield from (keep(without_pair(i)) for i in range(half))
+    longest = max(map(len, case["labels"]))
+    if longest > 3:
+        yield keep(lambda new: [tokens_only(i, slice(0, longest // 2))(new) for i in range(2 * half)])
     for i, labels in enumerate(case["labels"]):
         n = len(labels)
         cuts = [slice(0, n // 2), slice(n // 2, n)] if n > 3 else []
@@ -304,7 +313,8 @@ def show(case: dict) -> str:
 
 def report(implementation, failures: list[tuple[dict, object]], total: int, properties: dict) -> str:
     """What a failing property prints."""
-    case, answer = min(failures, key=lambda f: len(json.dumps(f[0])))
+    failures = sorted(failures, key=lambda f: len(json.dumps(f[0])))
+    case, answer = failures[0]
     name = case["property"]
     small, small_answer = smallest_failure(implementation, case, answer)
     why = explanation(small, small_answer, implementation.baseline) or explanation(
