@@ -294,7 +294,7 @@ def claim(out: Path, flags: Flags) -> None:
     Without --out, the toy replaces an earlier toy in its default folder and nothing else.
     """
     before = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         before = dict(json.loads((out / "flags.json").read_text()))
     if not flags.out and before.get("model") == "":
         flags.overwrite = not flags.resume
@@ -341,12 +341,16 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict
             raise ValueError(f"{broken} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         differ = [name for name, value in who.items() if state["identity"].get(name) != value]
-        weights, moments, lines = state["weights"], state["moments"], json.loads(state["metrics"])
+        if not differ:
+            lines = json.loads(state["metrics"])
+            weights, moments = state["weights"], state["moments"]
+            set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
     except Exception as e:  # torch.load fails in many ways on what is no checkpoint
-        raise ValueError(f"{path}: not a checkpoint of this program: {str(e).splitlines()[0]}") from e
+        raise ValueError(
+            f"{path}: not a checkpoint of this program: {(str(e) or type(e).__name__).splitlines()[0]}"
+        ) from e
     if differ:
         raise ValueError(f"{path}: is of a run in which {', '.join(differ)} had another value: resume with the same")
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
     vars(method).update(state["method"])
     return state["step"], lines
 

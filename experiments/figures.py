@@ -112,8 +112,8 @@ def beta(figure: Figure) -> None:
     for epsilon, color in zip((0.003, 0.01, 0.03), (BLUE, GREEN, ORANGE)):
         lines = path(epsilon)[0]
         n, mean = np.arange(len(lines)), np.mean([line["steps/lower"] - line["steps/raise"] for line in lines])
-        axes.semilogy(n, [line["beta"] for line in lines], color=color, label=f"ε {epsilon}, mean step {mean:.2f}")
-        axes.semilogy(n, 0.5 * np.exp(-epsilon * mean * n), "k:")
+        axes.plot(n, [line["beta"] for line in lines], color=color, label=f"ε {epsilon}, mean step {mean:.2f}")
+        axes.plot(n, 0.5 * np.exp(-epsilon * mean * n), "k:")
     axes.set(xlabel="optimizer step", ylabel="β")
     axes.legend()
 

@@ -383,6 +383,22 @@ def test_float16_and_bfloat16_logits_are_cast_up_first():
             assert torch.equal(a, b) and a.dtype == b.dtype
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
+def test_mixed_precisions_meet_in_the_higher_one(which, low):
+    """A float64 model beside a float32 or bf16 one: nothing of the float64 logits is rounded before the difference."""
+    logits = list(random_logits(4, (5, 9), 1e-5, dtype=torch.float64))[:2]
+    labels = torch.arange(5)
+    logits[which] = logits[which].to(low)
+    mixed, plain = (token_stats(*x, labels, 0.01) for x in (logits, [x.double() for x in logits]))
+    eye = [torch.eye(9, dtype=x.dtype) for x in logits]
+    linear = epsdpo.linear_token_stats(logits[0], eye[0], logits[1], eye[1], labels, 0.01)
+    for a, b, c in zip(mixed, plain, linear):
+        assert torch.equal(a, b) and a.dtype == torch.float64
+        torch.testing.assert_close(c, b, rtol=1e-12, atol=1e-15)
+    assert torch.equal(perturbed_logits(*logits, 0.5), perturbed_logits(*(x.double() for x in logits), 0.5))
+
+
 @examples(20)
 @given(st.integers(0, 10**6), st.sampled_from([1e-3, 0.1, 1.0]), st.sampled_from([0.01, 0.3]))
 def test_the_readable_definition_says_the_same(seed, spread, epsilon):
@@ -663,6 +679,13 @@ def test_dtypes_and_gradient_of_the_loss():
 def test_losses_saturate_without_overflow():
     out = epsdpo_loss(sums([1e5, -1e5, 0.0], 0.0), sums([0.0, 0.0, 0.0], 0.0), 0.1, 0.0)
     assert out.losses.tolist() == [0.0, 1e4, LN2]
+
+
+def test_no_pairs_are_no_loss():
+    """A process without pairs in this step has sums of shape (0,)."""
+    none = TokenStats(*torch.zeros(5, 0, dtype=torch.float64))
+    out = epsdpo_loss(none, none, 0.1, 0.01)
+    assert out.losses.shape == out.step.shape == (0,) and out.loss.isnan()
 
 
 def test_a_step_within_the_floor_is_uncertain():

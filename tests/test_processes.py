@@ -263,7 +263,7 @@ def test_torchrun_ends_when_one_process_fails(folder, tmp_path):
         timeout=300,
     )
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
-    assert [line["step"] for line in steps_of(read_metrics(tmp_path / "out"))] == [1, 2]
+    assert len(steps_of(read_metrics(tmp_path / "out"))) in (2, 3)  # the other may just have ended its third step
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -392,12 +392,14 @@ def test_the_conformance_suite_passes_the_adapter(tmp_path):
 
 
 def test_every_equation_has_its_function_and_its_test():
-    rows = re.findall(r"^\| \((\d+)\) .* \| `(\w+)\.(\w+)` \| `(tests/\w+\.py)::(\w+)` \|$", TEXT, re.M)
+    rows = re.findall(r"^\| \((\d+)\) .* \| `(\w+)\.(\w+)` \| `(test_\w+)::(\w+)` \|$", TEXT, re.M)
     tags = re.findall(r"\\tag\{(\d+)\}", TEXT)
     assert [int(row[0]) for row in rows] == list(range(1, 21)) and len(set(tags)) == len(tags) == 19  # (6) is a table
     for _, module, function, file, test in rows:
         assert callable(getattr(__import__(module), function))
-        assert re.search(rf"^def {test}\(", (ROOT / file).read_text("utf-8"), re.M), f"{file} has no {test}"
+        assert re.search(rf"^def {test}\(", (ROOT / f"tests/{file}.py").read_text("utf-8"), re.M), (
+            f"{file} has no {test}"
+        )
 
 
 def test_figures_and_links_are_there():

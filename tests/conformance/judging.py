@@ -186,10 +186,8 @@ def explanation(failures: list[tuple[dict, object]], baseline: str, sample: int 
     for case, answer in failures[:sample]:
         if not isinstance(answer, dict):
             continue
-        names, arrays = (
-            [k for k in (*REQUIRED, "margin", "delta_minus", "delta_plus") if k in answer],
-            to_arrays(case, baseline),
-        )
+        names = [k for k in (*REQUIRED, "margin", "delta_minus", "delta_plus") if k in answer]
+        arrays = to_arrays(case, baseline)
         for name in MISTAKES:
             wrong = MISTAKES[name]().answer(arrays)
             expected = case["expected"] | {k: np.array(wrong[k]).tolist() for k in names}
@@ -317,9 +315,7 @@ def report(implementation, failures: list[tuple[dict, object]], total: int, prop
     case, answer = failures[0]
     name = case["property"]
     small, small_answer = smallest_failure(implementation, case, answer)
-    why = explanation(small, small_answer, implementation.baseline) or explanation(
-        case, answer, implementation.baseline
-    )
+    why = explanation([(small, small_answer), *failures], implementation.baseline)
     text = [f"{name}: {properties[name]}", f"{len(failures)} of {total} cases fail; the smallest, from {case['id']}:"]
     text += ["", show(small), "", *(f"  {c}" for c in complaints(small, small_answer, implementation.baseline)[:6]), ""]
     if why:
