@@ -298,6 +298,19 @@ def test_truncation_keeps_the_beginning(tmp_path, kinds, with_template):
     assert prompt[0] == 1 and len(prompt) == 7
 
 
+def test_a_bos_token_written_out_in_a_template_is_kept(tmp_path, with_template):
+    written = with_template("<s>{% for m in messages %}{{ m.content }}{% endfor %}", "words")
+    row = {"prompt": [user("He said yes and no " * 9)], "chosen": " The price", "rejected": " Good"}
+    prompt, _, _ = one(tmp_path / "a", row, written, max_length=10, max_prompt_length=4)
+    assert prompt[0] == 1 and len(prompt) == 7
+
+
+def test_a_prompt_beside_whole_dialogues_as_text_is_not_doubled(tmp_path, kinds):
+    head = "\n\nHuman: He said\n\nAssistant:"
+    apart, beside = ({"prompt": head, "chosen": start + " yes", "rejected": start + " no"} for start in ("", head))
+    assert one(tmp_path / "a", beside, kinds["words"]) == one(tmp_path / "b", apart, kinds["words"])
+
+
 def test_a_turn_opener_that_a_config_calls_bos_is_cut_with_the_rest(with_template, tmp_path):
     """SmolLM2's config names <|im_start|>, which begins every turn."""
     tokenizer = with_template(CHATML, config={**NAMED, "bos_token": "<|im_start|>"})

@@ -918,3 +918,31 @@ def test_the_limits_themselves_are_allowed():
     token_stats(F3, F3_REF, Y3 + 3, 0.0)
     token_stats(F3, F3_REF, Y3, 0.999)
     assert token_stats(torch.zeros(0, 4), torch.zeros(0, 4), Y3[:0], 0.1).logp.shape == (0,)
+
+
+def test_the_better_of_two_precisions_counts():
+    dice = torch.Generator().manual_seed(0)
+    f = torch.randn(5, 9, generator=dice)
+    f_ref = f.double() + 1e-9 * torch.randn(5, 9, generator=dice, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 3, 4])
+    wanted = token_stats(f.double(), f_ref, y, 0.1)
+    for a, b in zip(token_stats(f, f_ref, y, 0.1), wanted):
+        assert torch.equal(a, b)
+    unit = torch.eye(9, dtype=torch.float64)
+    for a, b in zip(epsdpo.linear_token_stats(f, unit.float(), f_ref, unit, y, 0.1), wanted):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+def test_nan_is_never_silent():
+    good, bad = torch.zeros(1, 3), torch.tensor([[0.0, math.nan, 0.0]])
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="finite"):
+            epsdpo.token_stats_by_definition(*pair, torch.tensor([0]), 0.1)
+    zero = torch.zeros(1, dtype=torch.float64)
+    right = TokenStats(zero, zero, zero, zero, zero)
+    for field in ("logp", "ref_logp", "delta_minus", "delta_plus"):
+        for wrong in (math.nan, math.inf):
+            broken = right._replace(**{field: zero + wrong})
+            for pair in ((broken, right), (right, broken)):
+                with pytest.raises(ValueError, match="finite"):
+                    epsdpo_loss(*pair, 0.1, 0.01)

@@ -488,6 +488,7 @@ REFUSED = [
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ("llama", {"pretraining_tp": 2}, "pretraining_tp"),
+    ("llama", {"is_causal": False}, "is_causal"),
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     ("llama", {"clip_qkv": 8.0}, "clip_qkv"),
     ("llama", {"logit_scale": 0.5}, "logit_scale"),

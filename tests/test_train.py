@@ -890,3 +890,22 @@ def test_a_real_run(name, dtype, tmp_path, capsys):
     assert second["kl"] > 0 and second["grad_norm"] > 0 and second["steps/keep"] < 1
     before, after = GPT.from_pretrained(CHECKPOINT), GPT.from_pretrained(tmp_path / "out/model")
     assert (tmp_path / "out/model/tokenizer.json").exists() and not same_bits(before, after)
+
+
+def test_a_run_does_not_replace_what_it_reads(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    GPT.from_pretrained(folder / "model").save_pretrained(out / "model")
+    data = str(folder / "ids.jsonl")
+    code = train.main(["--model", str(out / "model"), "--data", data, "--out", str(out), "--overwrite"])
+    assert code == 2 and "choose another folder" in capsys.readouterr().err and (out / "model" / "config.json").exists()
+
+
+def test_several_data_flags_add_up():
+    argv = ["--model", "m", "--out", "o", "--data", "a", "b", "--data", "c"]
+    assert list(train.parse_flags(argv).data) == ["a", "b", "c"] and list(train.parse_flags([]).data) == []
+
+
+def test_a_reference_that_shares_storage_is_refused():
+    policy = tiny_model()
+    with pytest.raises(ValueError, match="shares storage"):
+        train.train(policy, policy, [], train.Flags())
