@@ -410,6 +410,28 @@ def test_the_reference_is_apart_and_stays_as_it_was(model, folder, tmp_path, mon
     assert len(changed) == len(list(policy.parameters()))  # the head too, tied or not
 
 
+def test_a_reference_that_shares_weights_with_the_policy_is_refused():
+    policy, reference = two_models()
+    reference.model.norm.weight.data = policy.model.norm.weight.data
+    for other in (reference, policy):
+        with pytest.raises(ValueError, match="reference shares"):
+            train.train(policy, other, pairs_of(id_rows(4)), flags_of())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing_saves_memory_and_changes_no_bit(dtype):
+    found = []
+    for keep in (False, True):
+        policy, reference = two_models()
+        calls = count_calls(policy)
+        lines = train.train(
+            policy, reference, pairs_of(id_rows(9)), flags_of(gradient_checkpointing=keep, dtype=dtype), None, ()
+        )
+        found.append((policy, [line["loss"] for line in lines], calls))
+    assert same_bits(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert found[1][2]["layer 0"] == 2 * found[0][2]["layer 0"] and found[1][2]["model"] == found[0][2]["model"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_bfloat16_checkpoint_trains_in_float32_weights(dtype, folder, tmp_path):
     tiny_model().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
@@ -644,15 +666,24 @@ def test_evaluation_in_numbers():
     policy, pairs = nudged(reference, 0.1), pairs_of(id_rows(20))
     method = train.EpsDPO(0.1, 0.05, 0.05)
     found = train.evaluate(policy, reference, pairs, method, flags_of())
-    margins = []
+    margins, kl, logps = [], 0.0, [0.0, 0.0]
     with torch.no_grad():
         for pair in pairs:
-            w, l = (plain_step_stats(policy, reference, pair.prompt, y, 0.05) for y in (pair.chosen, pair.rejected))
+            both = [plain_step_stats(policy, reference, pair.prompt, y, 0.05) for y in (pair.chosen, pair.rejected)]
+            w, l = both
             margins.append(0.1 * float((w[0] - w[1]) - (l[0] - l[1])))
+            for i, answer in enumerate((pair.chosen, pair.rejected)):
+                tokens = torch.tensor([[*pair.prompt.tolist(), *answer.tolist()]])
+                p, q = (m(tokens)[0, len(pair.prompt) - 1 : -1].log_softmax(-1) for m in (policy, reference))
+                kl += float((p.exp() * (p - q)).sum()) / 40  # a mean over responses of sums over tokens
+                logps[i] += float(both[i][0]) / 20
     margins = torch.tensor(margins, dtype=torch.float64)
     accuracy = float((margins > 0).double().mean())
     assert found["eval/pairs"] == 20 and found["eval/rewards/accuracies"] == accuracy
     assert found["eval/rewards/margins"] == pytest.approx(float(margins.mean()), rel=1e-9)
+    assert found["eval/kl"] == pytest.approx(kl, rel=1e-9) and kl > 0
+    assert [found["eval/logps/chosen"], found["eval/logps/rejected"]] == pytest.approx(logps, rel=1e-9)
+    assert found["eval/lengths/chosen"] == sum(len(pair.chosen) for pair in pairs) / 20
     assert found["eval/rewards/margins_se"] == pytest.approx(float(margins.std(correction=0)) / math.sqrt(20), rel=1e-6)
     assert found["eval/rewards/accuracies_se"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 20))
     assert method.beta == 0.1  # looking changes nothing

@@ -413,7 +413,9 @@ def test_figures_and_links_are_there():
 
 
 def test_math_survives_markdown():
-    """Markdown eats a backslash before punctuation, and a | ends a table's cell."""
+    """Markdown eats a backslash before punctuation, a | ends a table's cell, and a line may begin a list or a heading."""
+    for formula in re.findall(r"\$\$.*?\$\$", TEXT, re.S):
+        assert not re.search(r"^[-+=>#*]|\\[^\w\s]", formula, re.M), formula
     for line, text in enumerate(TEXT.splitlines(), 1):
         for formula in re.findall(r"\$([^$`]+)\$", text):
             assert not re.search(r"\\[^\w\s]", formula), f"tutorial.md:{line}: {formula}"

@@ -243,7 +243,9 @@ def smaller(case: dict):
     def rounded(digits):
         def change(new):
             for name in LOGITS:
-                new[name] = [[[float(f"{float32(round(x, digits)):.9g}") for x in t] for t in r] for r in new[name]]
+                new[name] = [
+                    [[float(f"{float32(round(x, digits)) + 0.0:.9g}") for x in t] for t in r] for r in new[name]
+                ]
 
         return change
 

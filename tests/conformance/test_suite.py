@@ -188,6 +188,11 @@ def test_bf16_logits_fail_nearly_everything_and_ours_nothing():
     assert rows[3].startswith("| ours | 17 of 17 | 7 of 7 | 100%") and rows[3].count("100%") == 8
 
 
+def test_ours_passes_with_the_authors_baseline_too(read):
+    implementation = Function(f"{ADAPTERS}:ours", baseline="harmonic")
+    assert not [c["id"] for c, a in zip(read, implementation.ask(read)) if complaints(c, a, "harmonic")]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs
 
