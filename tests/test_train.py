@@ -903,7 +903,7 @@ def test_python_train_py_alone(tmp_path):
     "name, dtype",
     [
         pytest.param("hh-harmless-test.jsonl.gz", "float32", marks=real),
-        pytest.param("chat-preferences.jsonl", "bfloat16", marks=real),
+        pytest.param("chat-preferences.jsonl", "float32", marks=real),
     ],
 )
 def test_a_real_run(name, dtype, tmp_path, capsys):

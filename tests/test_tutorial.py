@@ -16,7 +16,6 @@ import io
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,9 +71,8 @@ def run(block: Block, names: dict) -> str:
 
 @contextlib.contextmanager
 def as_before(folder: Path):
-    """Run in `folder`; afterwards threads, signals and random numbers are what they were."""
+    """Run in `folder`; afterwards threads and random numbers are what they were."""
     threads, state, here = torch.get_num_threads(), torch.get_rng_state(), os.getcwd()
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.chdir(folder)
     try:
         yield
@@ -82,8 +80,6 @@ def as_before(folder: Path):
         os.chdir(here)
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
-        for number, handler in signals.items():
-            signal.signal(number, handler)
 
 
 def run_all(kinds: tuple[str, ...], folder: Path):
