@@ -342,8 +342,10 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         differ = [name for name, value in who.items() if state["identity"].get(name) != value]
         if not differ:
-            lines = json.loads(state["metrics"])
+            step, of_method, lines = state["step"], dict(state["method"]), json.loads(state["metrics"])
             weights, moments = state["weights"], state["moments"]
+            if len(moments["state"]) != len(list(policy.parameters())):  # which torch would pass over in silence
+                raise ValueError("it holds the moments of another model")
             set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
     except Exception as e:  # torch.load fails in many ways on what is no checkpoint
         raise ValueError(
@@ -351,8 +353,8 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method: EpsDPO, who: dict
         ) from e
     if differ:
         raise ValueError(f"{path}: is of a run in which {', '.join(differ)} had another value: resume with the same")
-    vars(method).update(state["method"])
-    return state["step"], lines
+    vars(method).update(of_method)
+    return step, lines
 
 
 @contextlib.contextmanager

@@ -454,6 +454,7 @@ def test_a_flipped_byte_anywhere_in_a_checkpoint_is_noticed(folder, own, undistu
 
 
 def test_a_checkpoint_of_something_else_is_one_clear_error(folder, own, capsys):
+    Path("/tmp/epsdpo-evil").unlink(missing_ok=True)
     state = torch.load(own / "checkpoint.pt", weights_only=True)
     for name, other in {
         "a list": [1, 2],
