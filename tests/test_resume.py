@@ -175,7 +175,7 @@ def test_the_reference_comes_from_where_it_came_from_at_first(folder, tmp_path, 
     assert not same_bits(seen["policy"], seen["reference"])
 
 
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_the_toy_stopped_and_resumed_says_the_same(step, quick_toy, capsys):
     argv = ["--eval-size", "8", "--batch-size", "32", "--epochs", "2", "--micro-tokens", "64"]
     assert train.main([*argv, "--out", "whole"]) == 0
@@ -220,10 +220,10 @@ def test_signals_are_given_back_after_training(folder, tmp_path):
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 
-def kill_at_random(folder: Path, tmp_path: Path, kills: int) -> list[int]:
+def kill_at_random(folder: Path, tmp_path: Path, kills: int, epochs: int) -> list[int]:
     """Kill processes at random moments until `kills` have died, resume each, compare each end. Lines at each kill."""
     dice, where, out = random.Random(0), [], tmp_path / "out"
-    options = ["--epochs", 10, "--save-every", 1, "--eval-every", 7]
+    options = ["--epochs", epochs, "--save-every", 1, "--eval-every", 7]
     code, log = run(argv_of(folder, tmp_path / "whole", *options), tmp_path)
     assert code == 0, log
     argv, wanted, metrics = argv_of(folder, out, *options), end_of(tmp_path / "whole"), out / "metrics.jsonl"
@@ -256,12 +256,12 @@ def kill_at_random(folder: Path, tmp_path: Path, kills: int) -> list[int]:
 
 
 def test_killed_at_5_random_moments(folder, tmp_path):
-    assert len(kill_at_random(folder, tmp_path, 5)) == 5
+    assert len(kill_at_random(folder, tmp_path, 5, epochs=5)) == 5
 
 
 @pytest.mark.slow
 def test_killed_at_100_random_moments(folder, tmp_path):
-    where = kill_at_random(folder, tmp_path, 100)
+    where = kill_at_random(folder, tmp_path, 100, epochs=10)
     print(f"killed {len(where)} times, with so many lines of metrics: {where}")
     assert len(where) == 100 and len(set(where)) > 10
 
