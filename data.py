@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import zlib
 from codecs import BOM_UTF8
 from collections import Counter
@@ -24,6 +25,8 @@ from tqdm import tqdm
 
 MAX_LINE = 1 << 24  # bytes; a longer line is no preference pair, and a small gzip file can hold a huge one
 MAX_RENDERED = 1 << 24  # characters; a chat template is a program by a stranger
+MAX_STEPS = 2 * 10**6  # lines of it that run for one dialogue: seconds
+MAX_DETAIL = 2000  # characters of an error
 FIELDS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
 TURN = "\n\nAssistant:"  # what answers follow in dialogues written as plain text
@@ -106,7 +109,7 @@ class BadRow(ValueError):
     """A row that cannot be used. `reason` is what it is counted under, `detail` is for whoever mends the file."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {detail:.{MAX_DETAIL}}")
         self.reason = reason
 
 
@@ -163,7 +166,8 @@ class Tokenizer:
         except ImportError as error:
             raise ImportError("text needs the packages tokenizers and jinja2: pip install -e '.[hf]'") from error
         except Exception as error:  # the library raises bare ones
-            raise ValueError(f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {error}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the tokenizer of {folder} cannot be read: {what:.{MAX_DETAIL}}") from error
         longest_first = sorted(filter(str.strip, added), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.control = re.compile("|".join(re.escape(token) for token in longest_first if added[token]) or "(?!)")
@@ -211,7 +215,16 @@ class Tokenizer:
         def raise_exception(message):
             raise TemplateError(message)
 
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        class Sandbox(ImmutableSandboxedEnvironment):
+            intercepted_binops = frozenset({"*", "**"})  # a few of them would compute for years
+
+            def call_binop(self, context, operator, left, right):
+                a, b = (len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right))
+                if max(a, b, a * b if operator == "*" else a ** min(b, 99)) > MAX_RENDERED:
+                    raise ValueError(f"{operator} gives more than {MAX_RENDERED}")
+                return super().call_binop(context, operator, left, right)
+
+        env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
         env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         env.globals.update(raise_exception=raise_exception, strftime_now=self.now.strftime)
         return env.from_string(self.source)
@@ -223,7 +236,15 @@ class Tokenizer:
         known = {"messages": list(map(normal, messages)), "tools": None, "documents": None, **self.special}
         if self.source is None:
             raise ValueError(f"{self.folder} has no (default) chat template, which rows of messages need")
-        pieces, size = [], 0
+        pieces, size, steps, tracer = [], 0, 0, sys.gettrace()
+
+        def count(frame, event, arg):  # each call and each line of the template, for a loop may run and write nothing
+            nonlocal steps
+            if (steps := steps + 1) > MAX_STEPS:
+                raise ValueError(f"it takes more than {MAX_STEPS} steps")
+            return count if frame.f_code.co_filename == "<template>" else None
+
+        sys.settrace(count)
         try:
             for piece in self.template.generate(known, add_generation_prompt=add_generation_prompt):
                 pieces.append(piece)
@@ -232,6 +253,8 @@ class Tokenizer:
         except Exception as error:
             what = f"{type(error).__name__}: {error} (the template of {self.folder})"
             raise BadRow("chat template refuses", what) from error
+        finally:
+            sys.settrace(tracer)
         return "".join(pieces)
 
     def dialogue(self, prompt: list[dict], answer: list[dict]) -> tuple[str, str, bool]:

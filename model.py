@@ -154,7 +154,7 @@ class Config(SimpleNamespace):
 
 def _require(ok: bool, otherwise: str) -> None:
     if not ok:
-        raise ValueError(otherwise)
+        raise ValueError(otherwise if len(otherwise) < 4000 else f"{otherwise[:2000]} … {otherwise[-2000:]}")
 
 
 def _one_rope_form(given: dict) -> None:
@@ -178,6 +178,7 @@ def _one_rope_form(given: dict) -> None:
 def _read_json_object(path: str | os.PathLike) -> dict:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(found, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON in UTF-8: {error}") from None
     _require(type(found) is dict, f"{path}: must hold a JSON object, holds {type(found).__name__}")
@@ -301,7 +302,8 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
     _require(texts, f"{index}: weight_map must map names of tensors to names of files")
     for file in files.values():
         parts = PurePosixPath(file).parts
-        inside = parts and ".." not in parts and not set(file) & set("\\:") and not file.startswith("/")
+        name = len(file) < 4096 and not set(file) & set("\\:\0")
+        inside = parts and name and ".." not in parts and not file.startswith("/")
         _require(inside, f"{index}: {file!r} is no file of this folder")
     shards = {file: read_header(folder / file) for file in sorted(set(files.values()))}
     absent = [f"{name} in {file}" for name, file in files.items() if name not in shards[file]]

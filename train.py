@@ -129,6 +129,12 @@ class Flags:
                 for name in ("eval_size", "eval_every", "save_every", "samples")
             ),
             ("show", self.show >= 0, "at least 0"),
+            ("eval_size", real or self.eval_size <= 10**6, "at most a million for the toy"),
+            *(
+                (f.name, (getattr(self, f.name) or 0) < 2**63, "at most 2**63 - 1")
+                for f in dataclasses.fields(self)
+                if f.type.startswith("int")
+            ),
         ):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {expected}")

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -570,6 +571,31 @@ def test_a_folder_that_cannot_be_read(tmp_path, broken, content):
         return
     with pytest.raises(ValueError, match=str(folder)):
         Tokenizer.from_pretrained(folder)
+
+
+ENDLESS = {
+    "loops that write nothing": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a list walked in itself": "{% set x = range(99999) | list %}{% for i in x %}{% for j in x %}{% endfor %}{% endfor %}",
+    "calls that double": "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "a power": "{{ 10 ** (10 ** 10) }}",
+    "squares": "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "a huge text": "{{ ('a' * 10 ** 10) | length }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_that_would_never_end_is_stopped(with_template, name):
+    tracer = sys.gettrace()
+    with pytest.raises(BadRow, match="(more than|gives more) .*the template of .*model") as caught:
+        with_template(ENDLESS[name]).render([user("a")])
+    assert caught.value.reason == "chat template refuses" and sys.gettrace() is tracer
+
+
+def test_small_products_in_a_template_are_as_ever(with_template):
+    template = "{{ 2 * 3 }}{{ '-' * 4 }}{{ 2 ** 10 }}{{ 2 ** -1 }}{{ 1.5 * 2 }}{{ [1] * 2 }}{{ nothing * 2 }}"
+    with pytest.raises(BadRow, match="UndefinedError: 'nothing' is undefined"):
+        with_template(template).render([user("a")])
+    assert with_template(template[: -len("{{ nothing * 2 }}")]).render([user("a")]) == "6----10240.53.0[1, 1]"
 
 
 # --------------------------------------------------------------------------------------------------------- chats

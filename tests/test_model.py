@@ -805,8 +805,10 @@ def test_shards_as_the_index_lists_them(own):
     broken({"model.more.weight": file}, r"model\.more\.weight")
     outside = folder.parent / "outside.safetensors"
     shutil.copy(folder / file, outside)
-    for path in ("../outside.safetensors", str(outside), "a/../../outside.safetensors", "..\\outside.safetensors", ""):
+    upwards = ("../outside.safetensors", str(outside), "a/../../outside.safetensors", "..\\outside.safetensors")
+    for path in (*upwards, "", "a\0b", "a" * 10**6):
         broken({name: path}, "no file of this folder")
+    broken({name: "\ud800"}, "index.json: not JSON in UTF-8")
     for content in ({}, {"weight_map": None}, {"weight_map": [file]}, {"weight_map": {name: 1}}, []):
         (folder / INDEX).write_text(json.dumps(content))
         with pytest.raises(ValueError, match="index"):

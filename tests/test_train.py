@@ -700,7 +700,7 @@ BAD = {  # flag: values that are refused at once
     "warmup": ["-0.1", "1.1", "nan", "x"],
     "batch-size": ["0", "-1", "1.5", "nan", "x"],
     "epochs": ["0", "-1", "0.5"],
-    "steps": ["0", "-1", "1.5"],
+    "steps": ["0", "-1", "1.5", "1" + "0" * 400],
     "micro-tokens": ["0", "-5", "x"],
     "clip": ["0", "-1", "nan", "x"],
     "weight-decay": ["-0.1", "nan", "inf", "x"],
