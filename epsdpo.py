@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 1 << 19  # logits handled at a time in the elementwise work on a CPU: a tile and its temporaries stay in cache
-FLOAT64_FROM = 16.0  # |u| from which a position is computed in float64, whatever ε: exp(−u) and float32 part ways
+FLOAT64_FROM = 4.0  # |u| from which a position is computed in float64, whatever ε: moments and float32 part ways
 
 
 class TokenStats(NamedTuple):
@@ -234,11 +234,12 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
 
     With d = f − f_ref, u = d − d_y and p = softmax(f), all at one position,
 
-        log π_s(y) − log π_θ(y)  =  −log E_p[exp(s·u)]  =  −log1p(E_p[expm1(s·u)])
-        KL(π_θ ‖ π_ref)          =  log E_p[exp(−c)]    =  log1p(E_p[h(−c)])
-        log π_ref(y) − log π_θ(y)                       =  E_p[u] − KL                 (the first line at s = −1)
+        log π_s(y) − log π_θ(y)  =  −log E_p[exp(s·u)]  =  −(s·m + K(s)),   K(s) = log E_p[exp(s·c)]
+        KL(π_θ ‖ π_ref)          =  K(−1)
+        log π_ref(y) − log π_θ(y)                       =  m − K(−1)        (the first line at s = −1)
 
-    with c = u − E_p[u] and h(x) = expm1(x) − x ≥ 0: numbers near zero are sums of small terms and lose nothing.
+    with m = E_p[u], c = u − m. One function K serves all, and K(s) = log1p(E_p[h(s·c)]) with h(x) = expm1(x) − x ≥ 0:
+    numbers near zero are sums of small terms and lose nothing.
     """
     y = labels[:, None]
     log_p = f.log_softmax(-1)  # (n, V)
@@ -246,27 +247,21 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     d = f - f_ref
     d_y = d.gather(-1, y)  # (n, 1)
     u = d.sub_(d_y)  # (n, V), zero at the label
-    low, high = u.aminmax(dim=-1)
-    size = torch.maximum(-low, high).double()  # (n,) max|u|
-
-    def mean(x: Tensor) -> Tensor:  # E_p[x], (n, V) -> (n,)
-        return (p * x).sum(-1)
-
-    def log_mean_exp(a: Tensor, excess: Callable, rest: Callable) -> Tensor:
-        """log E_p[exp(a)] = log1p(E_p[excess(a)]), where excess(a) = exp(a) − rest(a), E_p[rest(a)] = 1."""
-        if f.dtype == torch.float32:  # |a| is below 1, or 16 for the KL
-            return mean(excess(a)).double().log1p()
-        # Where exp(a) is large p may have underflowed: there p·exp(a) is exp(log p + a).
-        terms = torch.where(a < 1, p * excess(a.clamp(max=1)), (log_p + a).exp() - p * rest(a))
-        far = (log_p + a).logsumexp(-1)
-        return torch.where(far.abs() < 0.4, terms.sum(-1).log1p(), far)
-
-    u_mean = mean(u)
-    minus_c = u_mean[:, None] - u  # (n, V)
-    kl = log_mean_exp(minus_c, _expm1_minus_x, lambda a: 1 + a)
-    delta_minus, delta_plus = (-log_mean_exp(s * u, torch.expm1, lambda a: 1.0) for s in (epsilon, -epsilon))
+    low, high = u.amin(-1), u.amax(-1)  # (n,)
+    size = torch.maximum(-low, high).double()  # max|u|
+    weighted = p * u
+    u_mean, u_abs = weighted.sum(-1), weighted.abs_().sum(-1).double()
+    points = (epsilon, -epsilon, -1.0)
+    if f.dtype == torch.float32:
+        largest = max(torch.maximum(high - u_mean, u_mean - low).tolist(), default=0.0)
+        largest = min(largest, 2 * FLOAT64_FROM)  # positions beyond are computed once more, in float64
+        sums = _sums_of_moments(p, u.sub_(u_mean[:, None]), largest, points)
+        minus, plus, kl = (x.log1p() for x in sums)
+        delta_minus, delta_plus = -(epsilon * u_mean.double() + minus), epsilon * u_mean.double() - plus
+    else:
+        delta_minus, delta_plus = (-_log_mean_exp(p, log_p, s * u, torch.expm1, lambda a: 1.0) for s in points[:2])
+        kl = _log_mean_exp(p, log_p, u_mean[:, None] - u, _expm1_minus_x, lambda a: 1 + a)
     # Rounding: of the increments, 2⁻¹⁶·E_p|expm1(±εu)| ≤ 2⁻¹⁶·E_p|u|·expm1(a)/max|u|, a = ε·max|u|, and of d itself.
-    u_abs = mean(u.abs()).double()
     growth = (epsilon * size).clamp(max=600).expm1() / size.clamp(min=1e-300)
     floor = 2.0**-16 * (u_abs * growth).maximum(delta_minus.abs()).maximum(delta_plus.abs()).clamp(max=1.0) + 1e-37
     if f.dtype == torch.float32:
@@ -274,6 +269,29 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     logp = log_p.gather(-1, y).squeeze(-1)
     ref_logp = logp.double() + (u_mean.double() - kl)
     return TokenStats(logp, ref_logp, delta_minus, delta_plus, kl, floor), size
+
+
+def _sums_of_moments(p: Tensor, c: Tensor, largest: float, points: tuple[float, ...]) -> list[Tensor]:
+    """E_p[h(s·c)] = Σ_{k≥2} s^k·E_p[c^k] / k! at each point s, (n,) float64, from p and c (n, V) with |c| ≤ `largest`.
+
+    The moments are the same for all points, and no exponential is taken: two passes over the logits for each of as many
+    moments as `largest` asks for. What is left out is below 1e-7 of the sum.
+    """
+    sums, term, k, left_out = [0.0] * len(points), p * c, 1, 1.0
+    while left_out > 1e-7:
+        k += 1
+        moment = term.mul_(c).sum(-1).double() / float(math.factorial(k))
+        sums = [total + s**k * moment for total, s in zip(sums, points)]
+        left_out = 2 * largest ** (k - 1) / math.factorial(k + 1)
+    return sums
+
+
+def _log_mean_exp(p: Tensor, log_p: Tensor, a: Tensor, excess: Callable, rest: Callable) -> Tensor:
+    """log E_p[exp(a)] = log1p(E_p[excess(a)]), float64 (n,): excess(a) = exp(a) − rest(a), where E_p[rest(a)] = 1."""
+    # Where exp(a) is large p may have underflowed: there p·exp(a) is exp(log p + a).
+    terms = torch.where(a < 1, p * excess(a.clamp(max=1)), (log_p + a).exp() - p * rest(a))
+    far = (log_p + a).logsumexp(-1)
+    return torch.where(far.abs() < 0.4, terms.sum(-1).log1p(), far)
 
 
 def _expm1_minus_x(x: Tensor) -> Tensor:
