@@ -272,6 +272,16 @@ def test_where_the_end_comes_from(tmp_path, config, model, eos):
     assert one(tmp_path / "a", text_row("He said", " yes", " no"), tokenizer)[1][-1] == eos
 
 
+def test_a_tokenizer_that_the_library_panics_on_is_a_plain_error(tmp_path):
+    """A panic in Rust is no Exception in Python."""
+    folder = make(tmp_path / "m")
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["model"]["continuing_subword_prefix"] = "a" * 1000
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="the tokenizer of .*m cannot be read: "):
+        Tokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "config, model", [({}, None), ({}, {"eos_token_id": None}), ({"eos_token": "<nowhere>"}, None)]
 )
