@@ -38,7 +38,8 @@ MUTANTS = [
     for file, mutants in {
         "epsdpo.py": [
             ("perturbation with the wrong sign", "policy_logits + s * (", "policy_logits - s * ("),
-            ("β⁻ and β⁺ swapped", "for s in (epsilon, -epsilon))", "for s in (-epsilon, epsilon))"),
+            ("β⁻ and β⁺ swapped", "ref_logp, delta_minus, delta_plus, kl, floor), size",
+             "ref_logp, delta_plus, delta_minus, kl, floor), size"),
             ("u without d at the label", "u = d.sub_(d_y)", "u = d"),
             ("float64 increments without the minus", "(-_log_mean_exp(p, log_p, s * u", "(_log_mean_exp(p, log_p, s * u"),
             ("increment without its mean", "-(epsilon * u_mean.double() + minus)", "-minus"),
