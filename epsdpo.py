@@ -305,7 +305,11 @@ def _expm1_minus_x(x: Tensor) -> Tensor:
 
 
 def sum_over_responses(stats: TokenStats, owner: Tensor, num_responses: int) -> TokenStats:
-    """Sum the numbers of M tokens into those of `num_responses` responses, in float64; token i belongs to owner[i]."""
+    """Sum the numbers of M tokens, (M,) each, into those of `num_responses` responses, (num_responses,) float64 each.
+
+    Token i belongs to response owner[i] (int64, from 0); a response that owns no token sums to 0. Of B pairs, response
+    i < B is the chosen one of pair i and B + i the rejected one.
+    """
 
     def total(x: Tensor) -> Tensor:  # (M,) -> (num_responses,)
         return torch.zeros(num_responses, dtype=torch.float64, device=x.device).index_add(0, owner, x.double())

@@ -467,7 +467,10 @@ class GPT(nn.Module):
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, eos=(), generator=None
     ) -> list[list[int]]:
-        """The new tokens of each prompt, to an `eos`, itself included; greedy at temperature 0, else by `generator`."""
+        """The new tokens of each prompt, to an `eos`, itself included; greedy at temperature 0, else by `generator`.
+
+        Raises ValueError for no prompts, an empty one, max_new_tokens below 1 and a negative temperature.
+        """
         if not prompts or not all(prompts) or max_new_tokens < 1 or not temperature >= 0:
             raise ValueError("generate needs prompts that are not empty, max_new_tokens from 1 and temperature from 0")
         ends, length = {eos} if isinstance(eos, int) else set(eos or ()), max(map(len, prompts))
@@ -533,7 +536,8 @@ class GPT(nn.Module):
         """Write a folder that transformers loads: model.safetensors in `dtype`, config.json, the source's other files.
 
         source: whose tokenizer, template, licence and config fields go along; by default where the model was loaded
-        from. Float32 is the default because bfloat16 rounds late, small updates away.
+        from. Float32 is the default because bfloat16 rounds late, small updates away. Raises ValueError for weights
+        that are not finite in `dtype` and a source that describes another model, OSError where nothing can be written.
         """
         folder, source, config = Path(folder), Path(source) if source else self.source, self.config.to_json()
         folder.mkdir(parents=True, exist_ok=True)

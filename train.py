@@ -190,7 +190,10 @@ class EpsDPO:
 def compare(
     policy: GPT, reference: GPT, batch: Batch, epsilon_check: float, dtype: str
 ) -> tuple[TokenStats, TokenStats]:
-    """Sums (B,) of the chosen and of the rejected responses: one forward pass of each model, whatever ε is."""
+    """Sums (B,) of the chosen and of the rejected responses: one forward pass of each model, whatever ε is.
+
+    dtype: of the matmuls in the bodies, "bfloat16" by autocast or "float32" without; heads and decisions are float32.
+    """
     where = (batch.tokens, batch.positions, batch.segments, batch.source)
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         with torch.no_grad():
@@ -417,7 +420,7 @@ def accumulate(policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDP
 
 @torch.no_grad()
 def evaluate(policy: GPT, reference: GPT, pairs: Sequence[Pair], method: EpsDPO, flags: Flags) -> dict[str, float]:
-    """Means over held-out pairs, and the standard errors of accuracy and margin."""
+    """Means over held-out pairs (at least one), and the standard errors of accuracy and margin."""
     sums, n = add_up(accumulate(policy, reference, pairs, method, flags))[0], len(pairs)
     means = {name: value / n for name, value in sums.items()}
     accuracy, variance = means["rewards/accuracies"], means.pop("margin_squares") - means["rewards/margins"] ** 2
