@@ -209,7 +209,8 @@ def try_some(cases: list[Case], good: Path) -> list[int]:
             mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**30, mapped + 2**30))
         for case in cases:
-            signal.alarm(LIMIT_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, LIMIT_SECONDS)  # of computing, for the machine may be busy,
+            signal.alarm(20 * LIMIT_SECONDS)  # and of waiting
             os.write(there, bytes([try_one(case, good)]))
         os._exit(0)
     os.close(there)
