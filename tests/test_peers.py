@@ -1,9 +1,14 @@
 """The peers against TRL's own trainers where TRL is installed, against numbers worked out by hand elsewhere."""
 
 import copy
+import csv
 import importlib
 import math
+import os
+import subprocess
+import sys
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -11,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+import toy
 from data import Pair, collate
-from epsdpo import TokenStats, epsdpo_loss
+from epsdpo import TokenStats, epsdpo_loss, token_stats_by_definition
+from experiments import compare as comparison
 from experiments import peers
 from model import GPT, Config
 from train import TOY_MODEL, Flags, compare, train
@@ -237,3 +244,58 @@ def test_every_peer_trains(models, which):
     assert lines[-1]["loss"] < lines[0]["loss"]
     first, last = (line["logps/chosen"] - line["logps/rejected"] for line in (lines[0], lines[-1]))
     assert last > first
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compare.py
+
+
+def test_variants_of_the_steps(sums):
+    """The plain variant is ε-DPO; shuffled has its counts; sign has the margins' signs; carried remembers."""
+    ours = epsdpo_loss(*sums[:2], 0.5, 0.1)
+    assert sorted(ours.step.tolist())[0] < sorted(ours.step.tolist())[-1]
+    outs = {kind: comparison.Variant(kind, 0.01, 0.1, [0.5]).loss(*sums) for kind in ("", "sign", "shuffled")}
+    assert outs[""].losses.equal(ours.losses) and outs[""].step.equal(ours.step)
+    assert outs["sign"].step.equal(ours.margin.sign().long())
+    assert sorted(outs["shuffled"].step.tolist()) == sorted(ours.step.tolist())
+    carried = comparison.Variant("carried", 0.01, 0.1, [0.5])
+    twice = [carried.loss(*sums).beta for _ in range(2)]
+    torch.testing.assert_close(twice[0], ours.beta)
+    torch.testing.assert_close(twice[1], 0.5 * (ours.beta / 0.5) ** 2)
+    path = comparison.Variant("path", 0.01, 0.0, [0.5, 0.4, 0.3])
+    for beta in (0.5, 0.4, 0.3):
+        torch.testing.assert_close(path.loss(*sums).losses, peers.dpo(ours.margin, beta))
+        path.after_step({}, None, None)
+
+
+def test_next_logps_is_the_inverse_of_listing():
+    """And the estimate from it is the one of `epsdpo`, summed over a response's tokens."""
+    world = toy.World(3, letters=3, length=4)
+    logp = torch.randn(3, len(world.responses), dtype=torch.float64).log_softmax(-1)
+    table = comparison.next_logps(world, logp)
+    torch.testing.assert_close(world.list_logps(lambda _: table), logp)
+    ref_table = comparison.next_logps(world, world.list_logps(world.language))
+    row, y = 40, world.rows(torch.tensor([1]), torch.tensor([60]))[0, 2:]  # the row of prompt 1 that begins as 60 does
+    rows = world.rows(torch.tensor([1] * len(world.responses)), torch.arange(len(world.responses)))
+    row = next(i for i in range(27) if rows[13 + i, 2:].equal(y)) + 27
+    labels = world.responses[60][None]
+    sums = token_stats_by_definition(table[row : row + 1, 1:], ref_table[row : row + 1, 1:], labels, 0.1)
+    listed = world.list_logps(lambda _: table + 0.1 * (table - ref_table)) - logp
+    assert float(sums.delta_minus.sum()) == pytest.approx(float(listed[1, 60]))
+
+
+def test_compare_quick(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "experiments.compare", "2", "5", "--quick"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "question 2" in done.stdout and "question 5" in done.stdout
+    folder = tmp_path / "out" / "compare" / "quick"
+    with open(folder / "question2.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {row["method"] for row in rows} == {"ε-DPO", "β-DPO"}
+    for row in rows:
+        assert float(row["ε-DPO's move and margin"]) < 0 < float(row["β-DPO's move and margin"])
+    with open(folder / "question5.csv", encoding="utf-8", newline="") as f:
+        assert all(float(row["margin right"]) > 0.99 for row in csv.DictReader(f))
