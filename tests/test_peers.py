@@ -1,14 +1,11 @@
 """The peers against TRL's own trainers where TRL is installed, against numbers worked out by hand elsewhere."""
 
+import contextlib
 import copy
 import csv
 import importlib
 import math
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -284,13 +281,16 @@ def test_next_logps_is_the_inverse_of_listing():
     assert float(sums.delta_minus.sum()) == pytest.approx(float(listed[1, 60]))
 
 
-def test_compare_quick(tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "experiments.compare", "2", "5", "--quick"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "question 2" in done.stdout and "question 5" in done.stdout
+def test_compare_quick(tmp_path, monkeypatch, capsys):
+    """All of two questions but the worker processes, in an empty folder."""
+    pool = SimpleNamespace(imap=map)
+    context = SimpleNamespace(Pool=lambda *_: contextlib.nullcontext(pool))
+    monkeypatch.setattr(comparison.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.chdir(tmp_path)
+    comparison.world_of.cache_clear()
+    comparison.main(["2", "5", "--quick"])
+    printed = capsys.readouterr().out
+    assert "question 2" in printed and "question 5" in printed
     folder = tmp_path / "out" / "compare" / "quick"
     with open(folder / "question2.csv", encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))
