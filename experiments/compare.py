@@ -218,10 +218,10 @@ def questions() -> dict[int, list[dict]]:
     for world in ("easy", "hard"):
         frontier += grid("DPO", world, beta=(0.1, 0.25, 0.5, 1.0, 2.0))
         frontier += grid("ε-DPO", world, beta=(0.25, 0.5, 1.0, 2.0), epsilon=(0.01,))
-        frontier += grid("ε-DPO", world, beta=(1.0, 2.0), epsilon=(0.03,))
-        frontier += grid("TR-DPO", world, beta=(1.0,), alpha=(0.01, 0.05), tau=(1,))
+        frontier += grid("ε-DPO", world, beta=(1.0,), epsilon=(0.03,))
+        frontier += grid("TR-DPO", world, beta=(1.0,), alpha=(0.05,), tau=(1,))
         frontier += grid("TR-DPO", world, beta=(1.0,), alpha=(1.0,), tau=(32, 64))
-        frontier += grid("β-DPO", world, m=(0.2, 0.6, 1.0)) + grid("β-DPO", world, beta=(1.0,), m=(0.6,))
+        frontier += grid("β-DPO", world, m=(0.6, 1.0)) + grid("β-DPO", world, beta=(1.0,), m=(0.6,))
         frontier += grid("IPO", world, beta=(0.25, 1.0)) + grid("KTO", world, beta=(0.25, 1.0))
         frontier += grid("SimPO", world, beta=(2.0, 5.0), gamma=(0.5,)) + grid("ORPO", world, weight=(0.5, 4.0))
         opposite += grid("ε-DPO", world, epsilon=(0.01,)) + grid("β-DPO", world, m=(0.6,), instance=(True, False))
