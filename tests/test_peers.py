@@ -116,9 +116,11 @@ def test_dpo_and_ipo_are_trls(models, kind, of_trl, beta):
     torch.testing.assert_close(ours.loss, theirs.double(), rtol=1e-5, atol=1e-6)
 
 
-def test_kto_is_trls_kl_rows_and_all(models):
+@pytest.mark.parametrize("swapped", [False, True])
+def test_kto_is_trls_kl_rows_and_all(models, swapped):
+    """With the models swapped the estimate has the other sign: one of the two is below 0 and counts as 0."""
     trainer = trl_class("trl.trainer.kto_trainer", "KTOTrainer")
-    batch = collate(PAIRS)
+    models, batch = models[::-1] if swapped else models, collate(PAIRS)
     method = peers.KTO(0.3, policy=models[0], reference=models[1])
     ours = method.loss(*compare(*models, batch, 0.0, "float32"), batch)
     ids, mask = one_row_a_response(PAIRS)
@@ -131,7 +133,8 @@ def test_kto_is_trls_kl_rows_and_all(models):
     inputs |= {f"KL_{name}": x for name, x in zip(inputs, (kl_ids, torch.ones_like(kl_ids), kl_mask))}
     inputs["label"] = torch.arange(2 * len(PAIRS)) < len(PAIRS)
     theirs = trainer._compute_loss(fake, trl_model(models[0]), inputs, False)
-    assert fake._metrics["train"]["kl"][0] > 0 or fake._metrics["eval"]["kl"][0] > 0
+    kl = [kl for metrics in fake._metrics.values() for kl in metrics["kl"]]
+    assert (kl[0] == 0) == swapped
     torch.testing.assert_close(ours.loss, theirs.double(), rtol=1e-5, atol=1e-6)
 
 
