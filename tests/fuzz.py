@@ -42,7 +42,7 @@ from tests.checkpoints import write_config
 from tests.runs import write_rows
 from tests.test_safetensors import by_library, same
 
-LIMIT_SECONDS, LIMIT_BYTES, LONGEST_ERROR = 30, 300_000_000, 20_000
+LIMIT_SECONDS, LIMIT_BYTES, LONGEST_ERROR = 30, 150_000_000, 20_000
 RIGHT, REFUSED, WRONG = range(3)
 OPENED: list[str] = []  # files that Python opened
 
