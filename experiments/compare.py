@@ -32,7 +32,7 @@ from train import TOY_MODEL, TOY_SCALE, EpsDPO, Flags, train
 CACHE, RESULTS = Path("out/compare"), Path(__file__).parent / "results"
 WORLDS = {  # pairs, share of labels flipped, epochs, pairs in a batch
     "easy": (4096, 0.0, 1, 32),
-    "hard": (512, 0.2, 8, 32),  # few pairs, seen often, a fifth of them wrong: the reward falls as the KL grows
+    "hard": (512, 0.2, 8, 32),  # few pairs, seen often, a fifth of them wrong
     "small batches": (2048, 0.0, 1, 16),
     "too long": (2048, 0.0, 10, 16),
     "quick": (32, 0.2, 2, 16),
@@ -206,6 +206,9 @@ def of_table(seed: int, length: int, epsilon: float, iterations: int, reward: st
 # The questions
 
 
+DPO_BETAS = (0.1, 0.25, 0.5, 1.0, 2.0)
+
+
 def questions() -> dict[int, list[dict]]:
     """The settings of each question, without their seeds."""
 
@@ -216,7 +219,7 @@ def questions() -> dict[int, list[dict]]:
 
     frontier, parts, opposite = [], [], []
     for world in ("easy", "hard"):
-        frontier += grid("DPO", world, beta=(0.1, 0.25, 0.5, 1.0, 2.0))
+        frontier += grid("DPO", world, beta=DPO_BETAS)
         frontier += grid("ε-DPO", world, beta=(0.25, 0.5, 1.0, 2.0), epsilon=(0.01,))
         frontier += grid("ε-DPO", world, beta=(1.0,), epsilon=(0.03,))
         frontier += grid("TR-DPO", world, beta=(1.0,), alpha=(0.05,), tau=(1,))
@@ -249,7 +252,7 @@ APART = [f"{name} minus ε-DPO's" for name in list(YARDSTICKS)[:2] + ["share"]]
 OPPOSITE = ["ε-DPO's move and margin", "β-DPO's move and margin", "pairs moved apart"]
 RIGHT = ["token right", "margin right"]
 COLUMNS = {  # of the tables; the names of settings that make panels and lines of the figures; their x and y
-    1: ([*YARDSTICKS], ("world",), "method", "KL to reference", "mean reward"),
+    1: ([*YARDSTICKS, "reward minus DPO's at that KL"], ("world",), "method", "KL to reference", "mean reward"),
     2: ([*OPPOSITE, "mean step and mean margin", "β and mean margin"], ("world",), "method", OPPOSITE[0], OPPOSITE[2]),
     3: ([*YARDSTICKS, PATH[0]], (), "epsilon_step", "epsilon", "mean reward"),
     5: ([*RIGHT, "token keep", "ties", "KL to π*"], ("reward",), "scaled", "KL to π*", RIGHT[0]),
@@ -272,6 +275,11 @@ def numbers(setting: dict, seed: int, runs: dict[str, dict]) -> dict[str, float]
     base = {"method": "ε-DPO", "world": setting["world"], "beta": setting["beta"], "epsilon": epsilon}
     base = runs.get(name_of(base, seed), result)
     found |= {f"{name} minus ε-DPO's": result[key] - base[key] for name, key in YARDSTICKS.items()}
+    plain = [runs.get(name_of({"method": "DPO", "world": setting["world"], "beta": beta}, seed)) for beta in DPO_BETAS]
+    if all(plain):  # rewards grow about as the root of the KL: between DPO's runs, a line over it
+        roots, rewards = zip(*sorted((x["kl"] ** 0.5, x["reward"]) for x in plain))
+        here = np.interp(result["kl"] ** 0.5, roots, rewards, np.nan, np.nan)
+        found["reward minus DPO's at that KL"] = result["reward"] - here
     names = ("correlation_ours", "correlation_theirs", "opposite")  # each over a batch: means over the steps
     found |= {name: np.nanmean(seen[key]) for name, key in zip(OPPOSITE, names)}
     with np.errstate(invalid="ignore"):  # a β that does not move has no correlation
@@ -287,8 +295,8 @@ def row_of(question: int, setting: dict, seeds: range, runs: dict[str, dict]) ->
     """A line of a table: means over the seeds, and their standard errors."""
     each, row = [numbers(setting, seed, runs) for seed in seeds], dict(setting)
     for name in COLUMNS[question][0]:
-        values = np.array([x[name] for x in each])
-        row |= {name: values.mean(), f"{name}_se": values.std(ddof=1) / math.sqrt(len(values))}
+        values = np.array([x.get(name, np.nan) for x in each])
+        row |= {name: float(values.mean()), f"{name}_se": values.std(ddof=1) / math.sqrt(len(values))}
     return row
 
 
