@@ -165,9 +165,9 @@ class Tokenizer:
                 self.source = file.read_text("utf-8")
         except ImportError as error:
             raise ImportError("text needs the packages tokenizers and jinja2: pip install -e '.[hf]'") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as error:  # the library raises bare ones, and panics, which are no Exceptions
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"the tokenizer of {folder} cannot be read: {what:.{MAX_DETAIL}}") from error
         longest_first = sorted(filter(str.strip, added), key=len, reverse=True)

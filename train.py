@@ -121,12 +121,11 @@ class Flags:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number, at least 0"),
             ("max_length", self.max_length >= 2, "at least 2: a token of the prompt and one of a response"),
             ("max_prompt_length", 0 < self.max_prompt_length < self.max_length, "at least 1, below --max-length"),
-            ("seed", 0 <= self.seed < 2**63, "a number from 0 to 2**63 - 1"),
             ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("resume", not (self.resume and self.overwrite), "either --resume or --overwrite"),
             *(
                 (name, getattr(self, name) >= 0, "at least 0")
-                for name in ("eval_size", "eval_every", "save_every", "samples")
+                for name in ("eval_size", "eval_every", "save_every", "samples", "seed")
             ),
             ("show", self.show >= 0, "at least 0"),
             ("eval_size", real or self.eval_size <= 10**6, "at most a million for the toy"),

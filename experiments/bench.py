@@ -101,7 +101,7 @@ def logps_alone(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, c
 
 def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags) -> EpsDPOLoss:
     """The usual way: 2B padded sequences [prompt | response], logits (2B, T, V) of both models, all log-softmaxes."""
-    rows = [(pair.prompt, response) for side in (1, 2) for pair in pairs for response in [pair[side]]]
+    rows = [(pair.prompt, pair[side]) for side in (1, 2) for pair in pairs]
     T, device = max(len(x) + len(y) for x, y in rows), next(policy.parameters()).device
     tokens, mask = torch.zeros(2, len(rows), T, dtype=torch.int64)
     for i, (x, y) in enumerate(rows):
@@ -120,7 +120,6 @@ def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flag
     with torch.no_grad():
         minus, plus = (sums(perturbed_logits(logits, ref_logits, s)) - logp for s in (0.01, -0.01))
         stats = TokenStats(logp, sums(ref_logits), minus, plus, torch.zeros_like(minus))
-    stats = stats._replace(logp=logp)
     sides = (TokenStats(*(x[half] for x in stats[:5])) for half in (slice(len(pairs)), slice(len(pairs), None)))
     return epsdpo_loss(*sides, flags.beta, flags.epsilon_step)
 

@@ -4,6 +4,7 @@ Questions 1, 2, 3, 5, 6 and 7 of experiments/README.md. Finished runs are kept i
 keyed by its settings; tables are printed; figures (`plot` extra) and their numbers go to experiments/results.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -348,10 +349,15 @@ def quiet() -> None:
 
 
 def main(argv: list[str]) -> None:
-    quick, asked = "--quick" in argv, [int(x) for x in argv if x != "--quick"]
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.split("`")[0])
+    parser.add_argument("asked", type=int, nargs="*", metavar="QUESTION", help=f"of {sorted(COLUMNS)} [all]")
+    parser.add_argument("--quick", action="store_true", help="every method once, a few steps each")
+    asked, quick = vars(parser.parse_args(argv)).values()
+    if unknown := set(asked) - COLUMNS.keys():
+        parser.error(f"no question {sorted(unknown)}: {sorted(COLUMNS)} are there")
     chosen = {number: settings for number, settings in questions().items() if number in (asked or COLUMNS)}
     results, seeds = (CACHE / "quick" if quick else RESULTS), range(2 if quick else 5)
-    if quick:  # every method once, a few steps each
+    if quick:
         for number, settings in chosen.items():
             first = {(x["method"], x.get("world")): x for x in reversed(settings)}.values()
             chosen[number] = [x | ({"world": "quick"} if x["world"] else {"iterations": 3}) for x in first]

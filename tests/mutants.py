@@ -44,6 +44,7 @@ MUTANTS = [
             ("float64 increments without the minus", "(-_log_mean_exp(p, log_p, s * u", "(_log_mean_exp(p, log_p, s * u"),
             ("increment without its mean", "-(epsilon * u_mean.double() + minus)", "-minus"),
             ("increment with the sign of K turned", "epsilon * u_mean.double() - plus", "epsilon * u_mean.double() + plus"),
+            ("KL of the moments with the sign of c turned", "points = (epsilon, -epsilon, -1.0)", "points = (epsilon, -epsilon, 1.0)"),
             ("too few moments", "while left_out > 1e-7:", "while left_out > 1e-2:"),
             ("moments not divided by k!", "float(math.factorial(k))", "float(k)"),
             ("expectation under the wrong model", "log_p = f.log_softmax(-1)  # (n, V)", "log_p = f_ref.log_softmax(-1)"),
