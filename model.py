@@ -355,6 +355,21 @@ def visible(positions: Tensor, segments: Tensor | None, window: int | None) -> T
     return seen[:, None]
 
 
+class Rows(NamedTuple):
+    """Where a batch's N tokens stand in its rows: pads are no tokens, and only attention computes with them."""
+
+    shape: tuple[int, int]  # (B, T)
+    places: Tensor | None  # (N,) of the tokens in the flattened B·T, None where there are no pads
+
+    def spread(self, x: Tensor) -> Tensor:  # (N, ...) -> (B, T, ...), zero at pads
+        if self.places is not None:
+            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.places, x)
+        return x.unflatten(0, self.shape)
+
+    def gather(self, x: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
+        return x.flatten(0, 1) if self.places is None else x.flatten(0, 1)[self.places]
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -377,16 +392,19 @@ class Attention(nn.Module):
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: list | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: list | None
+    ) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = map(rows.spread, (q, k, v))  # (N, heads, head_dim) -> (B, T, heads, head_dim)
         q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
         if cache is not None:  # [keys, values] of the tokens before these
             k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else [k, v]
         k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # (B, heads, T, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.o_proj(rows.gather(y.transpose(1, 2)).flatten(1))  # (N, D)
 
 
 class MLP(nn.Module):
@@ -406,8 +424,10 @@ class Layer(nn.Module):
         self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
         self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: list | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(
+        self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: list | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rows, cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -452,11 +472,14 @@ class GPT(nn.Module):
             cos, sin = rope(self.config, positions[:, -T:])
         plain = segments is None and cache is None  # then attention's own causal kernel will do
         masks = {w: None if plain and w is None else visible(positions, segments, w)[:, :, -T:] for w in set(windows)}
-        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        pads = None if segments is None else segments[:, -T:] < 0
+        rows = Rows(tokens.shape, (~pads.flatten()).nonzero().squeeze(-1) if pads is not None and pads.any() else None)
+        x = self.model.embed_tokens(rows.gather(tokens))  # (N, D)
         for i, layer in enumerate(self.model.layers):
-            inputs = (x, cos, sin, masks[windows[i]], None if cache is None else cache[i])
+            inputs = (x, rows, cos, sin, masks[windows[i]], None if cache is None else cache[i])
             keep = not (self.gradient_checkpointing and torch.is_grad_enabled())
             x = layer(*inputs) if keep else checkpoint(layer, *inputs, use_reentrant=False)
+        x = rows.spread(x)  # (B, T, D)
         x = self.model.norm(x if source is None else x.flatten(0, 1)[source])  # (B, T, D) or (M, D)
         if source is not None:
             return x if head is None else head(x, self.lm_head.weight)

@@ -1,0 +1,224 @@
+"""ε-DPO on a real checkpoint: `python -m experiments.real --model DIR --data FILE.jsonl`
+
+Questions 4 and 8 of experiments/README.md. DPO and ε-DPO train on short pairs, in float32; after some steps of one run
+the decisions on seen and unseen pairs are taken once more in several precisions. Finished runs are kept in out/real.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, row_length
+from epsdpo import TokenStats, beta_steps, linear_token_stats, perturbed_logits, sum_over_responses
+from experiments.compare import RESULTS, show
+from model import GPT, Config
+from train import EpsDPO, Flags, evaluate, train
+
+CACHE = Path("out/real")
+LENGTH, UNSEEN, SEEN, BATCH, STEPS = 96, 200, 64, 8, 32  # tokens of the longest row; pairs; pairs; pairs; steps
+LOOKS = (1, 3, 8, 32)  # steps after which decisions are compared
+BETA, EPSILON, LR = 0.1, 0.02, 1e-5
+FORMATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Autocast(TorchFunctionMode):
+    """What autocast does to a forward pass of ours in a 16-bit dtype, at float32's speed on any CPU.
+
+    Arguments and results of matmuls, attention and activations are rounded; sums are float32, as in real hardware.
+    """
+
+    NAMES = ("linear", "scaled_dot_product_attention", "silu")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") not in self.NAMES:
+            return func(*args, **(kwargs or {}))
+        return self.rounded(func(*map(self.rounded, args), **(kwargs or {})))
+
+    def rounded(self, x):
+        return x.to(self.dtype).to(x.dtype) if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+def body(model: GPT, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Hidden states (M, D) of a forward pass in `dtype`: float64 for a float64 model, else float32."""
+    with Autocast(dtype) if dtype.itemsize == 2 else contextlib.nullcontext():
+        return model(batch.tokens, batch.positions, batch.segments, batch.source)
+
+
+def textbook(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> TokenStats:
+    """Three log-softmaxes, subtracted, in the logits' dtype (M, V)."""
+    of = [perturbed_logits(policy_logits, ref_logits, s).log_softmax(-1) for s in (0.0, EPSILON, -EPSILON, -1.0)]
+    logp, minus, plus, ref = (x.gather(-1, labels[:, None]).squeeze(-1) for x in of)
+    return TokenStats(logp, ref, minus - logp, plus - logp, torch.zeros_like(logp))
+
+
+@torch.no_grad()
+def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> list[dict]:
+    """Both differences of each pair's log-odds, by every format and way; `known` keeps the reference's hidden states.
+
+    float64 increments are the truth. 16-bit increments have a float32 head; 16-bit textbook rounds the logits too.
+    """
+    models = {torch.float64: [copy.deepcopy(x).double() for x in (policy, reference)]}
+    found = []
+    for i in range(0, len(pairs), 4):
+        batch = collate(pairs[i : i + 4])
+        size = len(batch.tokens)
+        lengths = batch.owner.bincount(minlength=2 * size).tolist()
+        for name, dtype in FORMATS.items():
+            now, ref = models.get(dtype, (policy, reference))
+            if (name, i) not in known:
+                known[name, i] = body(ref, batch, dtype)
+            hidden, weight = body(now, batch, dtype), now.lm_head.weight
+            ref_hidden, ref_weight = known[name, i], ref.lm_head.weight
+            ways = {"increments": linear_token_stats(hidden, weight, ref_hidden, ref_weight, batch.label, EPSILON)}
+            if name != "float64":
+                with Autocast(dtype) if dtype.itemsize == 2 else contextlib.nullcontext():
+                    logits = F.linear(hidden, weight), F.linear(ref_hidden, ref_weight)
+                ways["textbook"] = textbook(*logits, batch.label)
+            for way, stats in ways.items():
+                sums = sum_over_responses(stats, batch.owner, 2 * size)
+                minus, plus = (x[:size] - x[size:] for x in (sums.delta_minus, sums.delta_plus))
+                for j, (a, b) in enumerate(zip(minus.tolist(), plus.tolist())):
+                    line = {"format": name, "way": way, "pair": i + j, "minus": a, "plus": b}
+                    found.append(line | {"longer": lengths[j] - lengths[size + j]})
+    return found
+
+
+class Watched(EpsDPO):
+    """ε-DPO that also takes its decisions on `pairs` (by their names) in all formats after the steps in `LOOKS`."""
+
+    def __init__(self, pairs: dict[str, list[Pair]]) -> None:
+        super().__init__(BETA, EPSILON, EPSILON)
+        self.pairs, self.known, self.steps, self.found = pairs, {name: {} for name in pairs}, 0, []
+
+    def after_step(self, sums, policy, reference):
+        super().after_step(sums, policy, reference)
+        self.steps += 1
+        for name, some in self.pairs.items() if self.steps in LOOKS else ():
+            lines = decisions(policy, reference, some, self.known[name])
+            self.found += [{"step": self.steps, "pairs": name} | line for line in lines]
+
+
+def summary(found: list[dict]) -> list[dict]:
+    """A line for each step, set of pairs, format and way."""
+    groups, rows = defaultdict(list), []
+    for line in found:
+        groups[tuple(line[key] for key in ("step", "pairs", "format", "way"))].append(line)
+    for (step, pairs, name, way), lines in groups.items():
+        truth = groups[step, pairs, "float64", "increments"]
+        (minus, plus, longer), (true_minus, true_plus, _) = (
+            [torch.tensor([line[key] for line in some], dtype=torch.float64) for key in ("minus", "plus", "longer")]
+            for some in (lines, truth)
+        )
+        right, true = beta_steps(minus, plus), beta_steps(true_minus, true_plus)
+        slope = float(minus @ true_minus / (true_minus @ true_minus))  # rounded weights lose a part of every update
+        error, n, share = minus - slope * true_minus, len(true), float((right == true).double().mean())
+        row = {"step": step, "pairs": pairs, "format": name, "way": way, "n": n, "agree": share}
+        row |= {"agree_se": math.sqrt(share * (1 - share) / n), "lower": int((right > 0).sum())}
+        row |= {"keep": int((right == 0).sum()), "raise": int((right < 0).sum())}
+        for key, x in (("step and length", right), ("error and length", error), ("Δ and true Δ", minus)):
+            other = true_minus if key == "Δ and true Δ" else longer
+            row[f"correlation of {key}"] = float(torch.corrcoef(torch.stack([x.double(), other]))[0, 1])
+        row |= {"slope": slope, "noise / signal": float(error.norm() / (slope * true_minus).norm())}
+        clear = minus.abs() > 2 * error.square().mean().sqrt()  # outside a keep band at twice the noise
+        row |= {"clear": float(clear.double().mean())}
+        row |= {"agree where clear": float((right == true)[clear].double().mean()) if clear.any() else math.nan}
+        rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from experiments.figures import BLUE, GREEN, ORANGE
+
+    figure = Figure((8.4, 3.6), layout="constrained", facecolor="white")
+    colors = {"float32": BLUE, "float16": GREEN, "bfloat16": ORANGE}
+    for axes, pairs in zip(figure.subplots(1, 2, sharey=True), ("unseen", "seen")):
+        for name, color in colors.items():
+            for way, style in (("increments", "o-"), ("textbook", "s:")):
+                some = [r for r in rows if (r["pairs"], r["format"], r["way"]) == (pairs, name, way)]
+                x, y, e = ([r[key] for r in some] for key in ("step", "agree", "agree_se"))
+                axes.errorbar(x, y, e, fmt=style, color=color, markersize=4, linewidth=1, label=f"{name}, {way}")
+        axes.set(xscale="log", xlabel="optimizer steps", title=f"{pairs} pairs", ylim=(0.3, 1.02))
+        axes.set_xticks(LOOKS, [str(x) for x in LOOKS])
+    figure.axes[0].set_ylabel("share of decisions that agree with float64")
+    figure.axes[1].legend(fontsize=7)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def write(rows: list[dict], file: Path) -> None:
+    with open(file, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run(name: str, seed: int, model: str, pairs: list[Pair], unseen: list[Pair]) -> dict:
+    """A finished run's held-out numbers and decisions, from the cache if they are there."""
+    file = CACHE / f"{name}-{seed}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    policy, reference = (GPT.from_pretrained(model) for _ in range(2))
+    flags = Flags(beta=BETA, epsilon=EPSILON, lr=LR, batch_size=BATCH, steps=STEPS, micro_tokens=512, seed=seed)
+    # the pairs of the first steps, in `train`'s order
+    seen = [pairs[i] for i in epoch_order(len(pairs), seed, 0)[:SEEN]]
+    method = EpsDPO(BETA, EPSILON, EPSILON if name == "ε-DPO" else 0.0)
+    if name == "ε-DPO" and seed == 0:
+        method = Watched({"unseen": unseen, "seen": seen})
+    lines = train(policy, reference, pairs, flags, method)
+    held = evaluate(policy, reference, unseen, method, flags)
+    result = {"β": method.beta, "accuracy": held["eval/rewards/accuracies"], "KL": held["eval/kl"]}
+    result |= {"log-ratio margin": held["eval/rewards/margins"] / method.beta, "loss": lines[-1]["loss"]}
+    result |= {"steps/lower": held["eval/steps/lower"], "found": getattr(method, "found", [])}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, ensure_ascii=False))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.real", description=__doc__.split("`")[0])
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="preference files")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    args = parser.parse_args()
+    rules = {"vocab_size": Config.from_json(Path(args.model) / "config.json").vocab_size, "skip_bad_rows": True}
+    pairs, _ = load_pairs(args.data, Tokenizer.from_pretrained(args.model), max_length=512, **rules)
+    pairs = [pair for pair in pairs if row_length(pair) <= LENGTH]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    unseen, pairs = [pairs[i] for i in order[:UNSEEN]], [pairs[i] for i in order[UNSEEN:]]
+    print(f"{len(pairs)} pairs of at most {LENGTH} tokens to train on, {len(unseen)} held out")
+    rows = []
+    for name in ("ε-DPO", "DPO"):
+        results = [run(name, seed, args.model, pairs, unseen) for seed in range(args.seeds)]
+        row = {"method": name}
+        for key in [key for key in results[0] if key != "found"]:
+            values = [result[key] for result in results]
+            row |= {key: mean(values), f"{key}_se": stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0}
+        rows.append(row)
+        if name == "ε-DPO":
+            write(found := summary(results[0]["found"]), RESULTS / "question4.csv")
+            with contextlib.suppress(ImportError):
+                draw(found, RESULTS / "question4.svg")
+            show(found)
+    write(rows, RESULTS / "question8.csv")
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
