@@ -76,6 +76,8 @@ class Flags:
     epochs: int = 1  # passes over the data
     steps: int | None = None  # optimizer steps, in place of --epochs
     micro_tokens: int = 2048  # tokens in one forward pass of one process: fewer need less memory
+    cache_reference: str = ""  # folder for the reference's hidden states at response tokens: computed once for these
+    # pairs and every later run on them, and no reference in memory; one process
     gradient_checkpointing: bool = False  # keep only the inputs of layers, compute the rest twice: less memory
     clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.0  # AdamW's
@@ -105,6 +107,7 @@ class Flags:
         for name, ok, expected in (
             ("model", bool(self.model) == bool(self.data), "--model and --data come together"),
             ("eval_data", real or not self.eval_data, "goes with --model and --data"),
+            ("cache_reference", real or not self.cache_reference, "goes with --model and --data"),
             ("out", not real or self.out or self.show, "a folder, for a run on real data"),
             ("show", real or not self.show, "pairs of --data; give --model and --data too"),
             ("beta", 0 < self.beta < math.inf, "a finite number above 0"),
@@ -187,7 +190,7 @@ class EpsDPO:
 
 
 def compare(
-    policy: GPT, reference: GPT, batch: Batch, epsilon_check: float, dtype: str
+    policy: GPT, reference: GPT | CachedReference, batch: Batch, epsilon_check: float, dtype: str
 ) -> tuple[TokenStats, TokenStats]:
     """Sums (B,) of the chosen and of the rejected responses: one forward pass of each model, whatever ε is.
 
@@ -205,6 +208,65 @@ def compare(
     size = len(batch.tokens)
     sums = sum_over_responses(tokens, batch.owner, 2 * size)  # (2B,)
     return TokenStats(*(x[:size] for x in sums)), TokenStats(*(x[size:] for x in sums))
+
+
+class CachedReference(torch.nn.Module):
+    """The reference as a file of its hidden states at response tokens, float32 (M, D) for all pairs one after another.
+
+    Log-probabilities could not be kept: the check mixes both models' logits. Hidden states can: D numbers a token.
+    `policy` must still be the reference. The file is named by a hash of model, token ids and dtype, and kept. Raises
+    ValueError for one of another size and where there is no room.
+    """
+
+    def __init__(self, policy: GPT, pairs: Sequence[Pair], flags: Flags) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(policy.lm_head.weight.detach().clone(), requires_grad=False)  # (V, D)
+        who, folder = identity(flags, pairs), Path(flags.cache_reference)
+        name = hashlib.sha256("".join((who["the model"], who["the data"], flags.dtype)).encode()).hexdigest()[:16]
+        counts, file = [len(pair.chosen) + len(pair.rejected) for pair in pairs], folder / f"reference-{name}.f32"
+        size, width = 4 * sum(counts) * policy.config.hidden_size, policy.config.hidden_size
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if (room := shutil.disk_usage(folder).free) < size:
+                raise ValueError(f"--cache-reference {folder}: has {room / 1e9:.1f} GB left, needs {size / 1e9:.1f} GB")
+            replace_file(file, lambda f: f.writelines(self.states_of(policy, pairs, flags)))
+        if file.stat().st_size != size:
+            raise ValueError(f"{file}: {file.stat().st_size} bytes, {size} expected: delete it, to have it made again")
+        print(f"reference: {sum(counts):,} hidden states of {width} numbers in {file}, {size / 1e9:.2f} GB")
+        self.states = np.memmap(file, np.float32, "r", shape=(sum(counts), width))
+        keys = (self.key(np.concatenate(pair[:3]), len(pair.prompt), len(pair.chosen)) for pair in pairs)
+        starts = np.cumsum([0, *counts])
+        self.places = {key: slice(a, b) for key, a, b in zip(keys, starts, starts[1:])}
+
+    @staticmethod
+    def key(ids: np.ndarray, prompt: int, chosen: int) -> tuple[bytes, int, int]:
+        return ids.astype("<i4").tobytes(), prompt, chosen
+
+    @staticmethod
+    @torch.no_grad()
+    def states_of(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> Iterator[bytes]:
+        device = next(policy.parameters()).device
+        at_most = max(1, flags.micro_tokens // max(map(row_length, pairs)))
+        for i in tqdm(range(0, len(pairs), at_most), "reference", unit="batch"):
+            batch = collate(pairs[i : i + at_most]).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16"):
+                yield (
+                    policy(batch.tokens, batch.positions, batch.segments, batch.source).float().cpu().numpy().tobytes()
+                )
+
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor, source: Tensor, head) -> object:
+        rows = zip(tokens.cpu().numpy(), segments.cpu().numpy())
+        keys = (self.key(ids[part >= 0], int((part == 0).sum()), int((part == 1).sum())) for ids, part in rows)
+        states = np.concatenate([self.states[self.places[key]] for key in keys])  # (M, D)
+        return head(torch.from_numpy(states).to(tokens.device), self.weight)
+
+
+@torch.no_grad()
+def decisions(policy: GPT, reference: GPT | CachedReference, pairs: Sequence[Pair], flags: Flags) -> Tensor:
+    """The step of every pair, (len(pairs),), in the order of `my_share`."""
+    micros = (collate(group).to(next(policy.parameters()).device) for group in my_share(pairs, flags.micro_tokens))
+    sums = (compare(policy, reference, micro, flags.epsilon_check, flags.dtype) for micro in micros)
+    return torch.cat([epsdpo_loss(*both, flags.beta, flags.epsilon_step).step for both in sums])
 
 
 def totals(out: EpsDPOLoss, chosen: TokenStats, rejected: TokenStats, batch: Batch, beta: float) -> dict[str, Tensor]:
@@ -621,6 +683,8 @@ def real_job(flags: Flags, device: torch.device) -> None:
     rules |= {"max_position_embeddings": config.max_position_embeddings}
     if not flags.show and rank_and_world()[0] == 0:
         claim(out, flags)
+    if flags.cache_reference and rank_and_world()[1] > 1:
+        raise ValueError("--cache-reference is for one process")
     pairs, report = load_pairs(flags.data, **rules)
     print(report)
     if flags.show:
@@ -636,12 +700,24 @@ def real_job(flags: Flags, device: torch.device) -> None:
         print(f"held out: {held} of them, {len(pairs):,} to train on")
     if not pairs or (flags.eval_data and not eval_pairs):
         raise ValueError("--data or --eval-data: no usable pair is left")
-    policy, reference = (GPT.from_pretrained(folder, device=device, prepare=shard) for _ in range(2))
+    policy = GPT.from_pretrained(folder, device=device, prepare=shard)
+    if flags.cache_reference:
+        reference = CachedReference(policy, [*pairs, *eval_pairs], flags)
+        print("with it, the first steps need not be 0: other micro-batches round otherwise")
+    else:
+        reference = GPT.from_pretrained(folder, device=device, prepare=shard)
     print(forecast(policy, pairs, flags))
     shown = eval_pairs[: flags.samples] if rank_and_world()[1] == 1 and tokenizer else []
     ends = Counter(int(pair.chosen[-1]) for pair in [*pairs, *eval_pairs] if not pair.cut[1]) or Counter([-1])
     before = answers(policy, shown, end := ends.most_common(1)[0][0])
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out)
+    if flags.cache_reference and eval_pairs:
+        cached, fresh = (
+            decisions(policy, x, eval_pairs, flags) for x in (reference, GPT.from_pretrained(folder, device=device))
+        )
+        print(
+            f"{(cached != fresh).sum()} of {len(fresh)} held-out decisions differ from those of a reference run afresh"
+        )
     for pair, old, new in zip(shown, before, answers(policy, shown, end)):
         texts = [tokenizer.decode(ids).strip()[-400:] for ids in (pair.prompt, old, new)]
         print("\nprompt: …{}\nbefore: {}\nafter:  {}".format(*texts))
@@ -665,7 +741,12 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
         layer * c.num_hidden_layers if not flags.gradient_checkpointing else layer + c.hidden_size * c.num_hidden_layers
     )
     whole = (3 if c.tie_word_embeddings else 6) * table * (world > 1)
-    memory = 4e-9 * (5 * count(policy) / world + whole + kept * max(flags.micro_tokens, row) + 1024 * c.vocab_size)
+    memory = 4e-9 * (
+        (5 - bool(flags.cache_reference)) * count(policy) / world
+        + whole
+        + kept * max(flags.micro_tokens, row)
+        + 1024 * c.vocab_size
+    )
     hours = 8 * count(policy) * tokens / rate / 3600 / world
     return (
         f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {memory:.1f} GB on each "

@@ -1,6 +1,7 @@
 """What a training step costs, measured side by side: `python -m experiments.bench --model DIR --data FILE.jsonl`.
 
     ours     train.py's step with ε > 0
+    cached   the same with the reference's hidden states from a file (--cache-reference), made before the clock starts
     dpo      the same step as plain DPO: its head computes log-probabilities and never forms the difference of logits
     usual    two padded sequences a pair, logits of all their tokens, three log-softmaxes (and the reference's)
     trl      TRL's DPOTrainer (plain DPO), where trl is installed
@@ -14,8 +15,10 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +32,7 @@ from data import Pair, Tokenizer, collate, load_pairs, row_length
 from epsdpo import EpsDPOLoss, TokenStats, _LinearTokenStats, epsdpo_loss, linear_token_stats, perturbed_logits
 from model import GPT, Config
 
-WAYS = ("ours", "dpo", "usual", "trl")
+WAYS = ("ours", "cached", "dpo", "usual", "trl")
 SHAPE = "vocab_size=2048,hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4"
 
 
@@ -129,8 +132,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     pairs, make = work(args)
     if args.one == "trl":
         return measure_trl(args, pairs)
-    policy, reference = make(), make().requires_grad_(False)
-    flags = train.Flags(beta=0.1, micro_tokens=args.micro_tokens, dtype=args.dtype)
+    policy, flags = make(), train.Flags(beta=0.1, micro_tokens=args.micro_tokens, dtype=args.dtype)
+    if args.one == "cached":
+        flags.cache_reference = tempfile.mkdtemp()
+        reference = train.CachedReference(policy, pairs, flags)
+        shutil.rmtree(flags.cache_reference)  # what is mapped stays readable
+    else:
+        reference = make().requires_grad_(False)
     method = train.EpsDPO(0.1, 0.01, 0.0 if args.one == "dpo" else 0.01)
     train.linear_token_stats = logps_alone if args.one == "dpo" else linear_token_stats
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)

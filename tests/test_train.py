@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import toy
 import train
-from data import collate, row_length
+from data import collate, epoch_order, row_length
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
 from model import GPT, load_safetensors
 from tests.runs import (
@@ -940,3 +940,70 @@ def test_a_reference_that_shares_storage_is_refused():
     policy = tiny_model()
     with pytest.raises(ValueError, match="shares storage"):
         train.train(policy, policy, [], train.Flags())
+
+
+# ---- the reference as a file -----------------------------------------------------------------------------------------
+
+
+def policies_source(model, tmp_path):
+    """A model saved and loaded, so that it has a folder to be known by."""
+    model.save_pretrained(tmp_path / "source")
+    return GPT.from_pretrained(tmp_path / "source")
+
+
+def test_a_cached_reference_gives_the_references_hidden_states_and_runs_none(tmp_path, monkeypatch):
+    pairs, reference = pairs_of(id_rows(9)), policies_source(tiny_model(tied=True), tmp_path)
+    flags = flags_of(model=str(tmp_path / "source"), data=("x",), out="x", cache_reference=str(tmp_path / "cache"))
+    cached = train.CachedReference(reference, pairs, flags)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stat().st_size == 4 * 16 * sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    for group in ([0], [8, 3], [2, 1, 0, 5], list(range(9))[::-1]):  # any order, any company
+        batch = collate([pairs[i] for i in group])
+        where = (batch.tokens, batch.positions, batch.segments, batch.source, lambda *both: both)
+        (found, weight), (wanted, wanted_weight) = cached(*where), reference(*where)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(weight, wanted_weight)
+    # A policy that moves leaves it as it is; a step runs the policy alone, and a second cache reads the file.
+    policy, calls, forward = copy.deepcopy(reference), [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
+    again = train.CachedReference(policy, pairs, flags)
+    assert not calls and list((tmp_path / "cache").iterdir()) == [file]
+    lines = train.train(policy, again, pairs, flags)
+    micros = sum(len(train.my_share([pairs[i] for i in epoch_order(9, 0, 0)[k : k + 4]], 40)) for k in (0, 4, 8))
+    assert calls == [policy] * micros
+    other = copy.deepcopy(reference)
+    wanted = train.train(other, reference, pairs, flags)
+    for a, b in zip(lines, wanted):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["kl"] == pytest.approx(b["kl"], abs=1e-3)
+
+
+def test_a_cache_of_other_pairs_another_model_or_another_size_is_not_taken(tmp_path):
+    pairs, model = pairs_of(id_rows(4)), policies_source(tiny_model(), tmp_path)
+    flags = flags_of(model=str(tmp_path / "source"), data=("x",), out="x", cache_reference=str(tmp_path / "cache"))
+    train.CachedReference(model, pairs, flags)
+    (first,) = (tmp_path / "cache").iterdir()
+    train.CachedReference(model, pairs_of(id_rows(4, seed=1)), flags)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    policies_source(tiny_model(1), tmp_path)
+    train.CachedReference(model, pairs, flags)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    policies_source(tiny_model(), tmp_path)
+    first.write_bytes(first.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=f"{first.name}: .* expected: delete it"):
+        train.CachedReference(model, pairs, flags)
+
+
+def test_a_run_with_a_cached_reference_says_how_many_decisions_differ(folder, tmp_path, monkeypatch, capsys):
+    data, cache = write_rows(tmp_path / "rows.jsonl", id_rows(20)), tmp_path / "cache"
+    argv = ["--model", folder / "model", "--data", data, "--batch-size", "4", "--lr", "1e-3", "--eval-size", "6"]
+    argv = [str(x) for x in [*argv, "--cache-reference", cache]]
+    assert train.main([*argv, "--out", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"reference: \d+ hidden states of \d+ numbers in .*f32", told)
+    assert re.search(r"\d of 6 held-out decisions differ", told)
+    assert train.main([*argv, "--out", str(tmp_path / "b")]) == 0
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
+    capsys.readouterr()
+    monkeypatch.setattr(train, "rank_and_world", lambda: (0, 2))
+    code, err = ended([*argv, "--out", tmp_path / "c"], capsys)
+    assert code == 2 and "--cache-reference is for one process" in err
