@@ -1,7 +1,9 @@
 """The tutorial's figures (`plot` extra): `python -m experiments.figures` writes all, `… mask beta` these two."""
 
 import copy
+import multiprocessing
 import sys
+import time
 from functools import cache
 
 import numpy as np
@@ -11,9 +13,9 @@ from matplotlib.figure import Figure
 
 import toy
 from data import Pair, collate
-from epsdpo import beta_steps, perturbed_logits, token_stats
+from epsdpo import beta_steps, linear_token_stats, perturbed_logits, token_stats
 from model import GPT, Config, visible
-from train import TOY_MODEL, TOY_PAIRS, TOY_SCALE, EpsDPO, Flags, train
+from train import TOY_MODEL, TOY_PAIRS, TOY_SCALE, EpsDPO, Flags, accumulate, memory_gb, train
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind readers too
 rcParams.update({"svg.hashsalt": "1", "axes.spines.top": 0, "axes.spines.right": 0, "legend.frameon": 0})
@@ -142,10 +144,61 @@ def frontier(figure: Figure) -> None:
     axes.legend(loc="lower right")
 
 
+def head_memory(tokens: int, vocab: int, full: bool) -> float:
+    """Peak MB of head and statistics, forward and backward, without inputs and the gradients (V, D) and (M, D)."""
+    ref_hidden, ref_weight, labels = torch.randn(tokens, 64), torch.randn(vocab, 64), torch.zeros(tokens).long()
+    hidden, weight = (1.01 * ref_hidden).requires_grad_(), (1.01 * ref_weight).requires_grad_()
+    before = memory_gb(torch.device("cpu"))
+    if full:
+        stats = token_stats(hidden @ weight.T, ref_hidden @ ref_weight.T, labels, 0.01)
+    else:
+        stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, labels, 0.01)
+    stats.logp.sum().backward()
+    return 1e3 * (memory_gb(torch.device("cpu")) - before) - 2 * 4e-6 * 64 * (tokens + vocab)
+
+
+def step_seconds(n: int) -> float:
+    """Computing time of a step's forward and backward passes on n pairs of 96 tokens, the least of four."""
+    torch.set_num_threads(1)
+    sizes = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    policy, reference = (GPT(Config(**sizes | {"num_attention_heads": 4})) for _ in range(2))
+    dice, flags = np.random.default_rng(0), Flags(micro_tokens=384)
+    pairs = [Pair(*dice.integers(4096, size=(3, 32), dtype=np.int32)) for _ in range(n)]
+    times = []
+    for _ in range(4):
+        started = time.process_time()
+        accumulate(policy, reference, pairs, EpsDPO(0.1, 0.01, 0.01), flags)
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+def growth(figure: Figure) -> None:
+    """Each measurement in a process of its own, so that its peak is its own."""
+    counts, tokens, vocabularies = (4, 8, 16, 32, 64), (256, 512, 1024, 2048, 4096), (8192, 16384, 32768, 65536)
+    sizes, (left, middle, right) = [(m, 16384) for m in tokens], figure.subplots(1, 3)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        left.plot([96 * n for n in counts], pool.map(step_seconds, counts, 1), "o-", color=BLUE)
+        for full, color, label in ((True, GREY, "all logits"), (False, ORANGE, "256 tokens at a time")):
+            used = pool.starmap(head_memory, [(*size, full) for size in sizes], 1)
+            middle.plot(tokens, used, "o-", color=color, label=label)
+        used = pool.starmap(head_memory, [(1024, v, False) for v in vocabularies], 1)
+        right.plot(vocabularies, used, "o-", color=ORANGE, label="256 tokens at a time")
+        right.plot(
+            vocabularies, [1e-6 * 4 * 256 * v for v in vocabularies], ":", color=GREY, label="one chunk of logits"
+        )
+    left.set(xlabel="tokens of a step", ylabel="computing time, s", xlim=0, ylim=0)
+    middle.set(xlabel="response tokens (V = 16,384)", ylabel="the head's peak, MB", ylim=0)
+    right.set(xlabel="vocabulary (1,024 tokens)", ylabel="the head's peak, MB", xlim=0, ylim=0)
+    middle.legend()
+    right.legend()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for draw in (one_beta, perturbed, rounding, beta, mask, frontier):
+    for draw in (one_beta, perturbed, rounding, beta, mask, frontier, growth):
         if not sys.argv[1:] or draw.__name__ in sys.argv:
-            figure = Figure((8 if draw in (perturbed, rounding) else 5, 3.2), layout="constrained", facecolor="white")
+            figure = Figure(
+                ({perturbed: 8, rounding: 8, growth: 10}.get(draw, 5), 3.2), layout="constrained", facecolor="white"
+            )
             draw(figure)
             figure.savefig(f"figures/{draw.__name__}.svg", metadata={"Date": None})
