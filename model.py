@@ -472,8 +472,8 @@ class GPT(nn.Module):
             cos, sin = rope(self.config, positions[:, -T:])
         plain = segments is None and cache is None  # then attention's own causal kernel will do
         masks = {w: None if plain and w is None else visible(positions, segments, w)[:, :, -T:] for w in set(windows)}
-        pads = None if segments is None else segments[:, -T:] < 0
-        rows = Rows(tokens.shape, (~pads.flatten()).nonzero().squeeze(-1) if pads is not None and pads.any() else None)
+        places = None if segments is None else (segments[:, -T:] >= 0).flatten().nonzero().squeeze(-1)
+        rows = Rows(tokens.shape, None if places is None or len(places) == tokens.numel() else places)
         x = self.model.embed_tokens(rows.gather(tokens))  # (N, D)
         for i, layer in enumerate(self.model.layers):
             inputs = (x, rows, cos, sin, masks[windows[i]], None if cache is None else cache[i])

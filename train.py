@@ -189,6 +189,10 @@ class EpsDPO:
 # One micro-batch
 
 
+def bodies_in(dtype: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 def compare(
     policy: GPT, reference: GPT | CachedReference, batch: Batch, epsilon_check: float, dtype: str
 ) -> tuple[TokenStats, TokenStats]:
@@ -197,7 +201,7 @@ def compare(
     dtype: of the matmuls in the bodies, "bfloat16" by autocast or "float32" without; heads and decisions are float32.
     """
     where = (batch.tokens, batch.positions, batch.segments, batch.source)
-    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with bodies_in(dtype, batch.tokens.device):
         with torch.no_grad():
             ref_hidden, ref_weight = reference(*where, lambda hidden, weight: (hidden, weight))  # (M, D), (V, D)
 
@@ -224,7 +228,8 @@ class CachedReference(torch.nn.Module):
         who, folder = identity(flags, pairs), Path(flags.cache_reference)
         name = hashlib.sha256("".join((who["the model"], who["the data"], flags.dtype)).encode()).hexdigest()[:16]
         counts, file = [len(pair.chosen) + len(pair.rejected) for pair in pairs], folder / f"reference-{name}.f32"
-        size, width = 4 * sum(counts) * policy.config.hidden_size, policy.config.hidden_size
+        width = policy.config.hidden_size
+        size = 4 * sum(counts) * width
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             if (room := shutil.disk_usage(folder).free) < size:
@@ -249,7 +254,7 @@ class CachedReference(torch.nn.Module):
         at_most = max(1, flags.micro_tokens // max(map(row_length, pairs)))
         for i in tqdm(range(0, len(pairs), at_most), "reference", unit="batch"):
             batch = collate(pairs[i : i + at_most]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16"):
+            with bodies_in(flags.dtype, device):
                 yield (
                     policy(batch.tokens, batch.positions, batch.segments, batch.source).float().cpu().numpy().tobytes()
                 )
@@ -674,6 +679,8 @@ def toy_job(flags: Flags, device: torch.device) -> None:
 def real_job(flags: Flags, device: torch.device) -> None:
     """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
     out, folder = Path(flags.out), Path(flags.model)
+    if flags.cache_reference and rank_and_world()[1] > 1:
+        raise ValueError("--cache-reference is for one process")
     config = Config.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if tokenizer and flags.resume and (out / "flags.json").exists():  # templates may write the date: that of the start
@@ -683,8 +690,6 @@ def real_job(flags: Flags, device: torch.device) -> None:
     rules |= {"max_position_embeddings": config.max_position_embeddings}
     if not flags.show and rank_and_world()[0] == 0:
         claim(out, flags)
-    if flags.cache_reference and rank_and_world()[1] > 1:
-        raise ValueError("--cache-reference is for one process")
     pairs, report = load_pairs(flags.data, **rules)
     print(report)
     if flags.show:

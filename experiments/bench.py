@@ -111,7 +111,7 @@ def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flag
         tokens[i, : len(x) + len(y)] = torch.tensor([*x, *y])
         mask[i, len(x) : len(x) + len(y)] = 1
     tokens, mask = tokens.to(device), mask[:, 1:].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16"):
+    with train.bodies_in(flags.dtype, device):
         logits = policy(tokens)[:, :-1]  # (2B, T-1, V)
         with torch.no_grad():
             ref_logits = reference(tokens)[:, :-1]
@@ -186,7 +186,7 @@ def in_parts(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags,
     for group in train.my_share(pairs, flags.micro_tokens):
         batch = collate(group).to(next(policy.parameters()).device)
         where = (batch.tokens, batch.positions, batch.segments, batch.source, keep)
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16"):
+        with train.bodies_in(flags.dtype, batch.tokens.device):
             with torch.no_grad():
                 ref = timed("reference", reference, *where)
             now = timed("policy", policy, *where)

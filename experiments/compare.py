@@ -309,6 +309,13 @@ def show(rows: list[dict]) -> None:
         print(" | ".join(x + (f" ± {row[f'{n}_se']:.2g}" if f"{n}_se" in row else "") for n, x in zip(names, texts)))
 
 
+def write(rows: list[dict], file: Path) -> None:
+    with open(file, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def draw(question: int, rows: list[dict], seeds: range, file: Path) -> None:
     """Means and standard errors; with the best reward that any policy can have, where it is drawn against KL."""
     from matplotlib.figure import Figure
@@ -373,10 +380,7 @@ def main(argv: list[str]) -> None:
         rows = [row_of(number, setting, seeds, runs) for setting in settings]
         print(f"\n\nquestion {number}")
         show(rows)
-        with open(results / f"question{number}.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, list(dict.fromkeys(name for row in rows for name in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, results / f"question{number}.csv")
         with contextlib.suppress(ImportError):  # without matplotlib there are no figures
             draw(number, rows, seeds, results / f"question{number}.svg")
 

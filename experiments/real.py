@@ -7,7 +7,6 @@ the decisions on seen and unseen pairs are taken once more in several precisions
 import argparse
 import contextlib
 import copy
-import csv
 import json
 import math
 from collections import defaultdict
@@ -22,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, row_length
 from epsdpo import TokenStats, beta_steps, linear_token_stats, perturbed_logits, sum_over_responses
-from experiments.compare import RESULTS, show
+from experiments.compare import RESULTS, show, write
 from model import GPT, Config
 from train import EpsDPO, Flags, evaluate, train
 
@@ -54,9 +53,13 @@ class Autocast(TorchFunctionMode):
         return x.to(self.dtype).to(x.dtype) if torch.is_tensor(x) and x.is_floating_point() else x
 
 
+def rounding_as(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    return Autocast(dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
+
+
 def body(model: GPT, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Hidden states (M, D) of a forward pass in `dtype`: float64 for a float64 model, else float32."""
-    with Autocast(dtype) if dtype.itemsize == 2 else contextlib.nullcontext():
+    with rounding_as(dtype):
         return model(batch.tokens, batch.positions, batch.segments, batch.source)
 
 
@@ -87,7 +90,7 @@ def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> li
             ref_hidden, ref_weight = known[name, i], ref.lm_head.weight
             ways = {"increments": linear_token_stats(hidden, weight, ref_hidden, ref_weight, batch.label, EPSILON)}
             if name != "float64":
-                with Autocast(dtype) if dtype.itemsize == 2 else contextlib.nullcontext():
+                with rounding_as(dtype):
                     logits = F.linear(hidden, weight), F.linear(ref_hidden, ref_weight)
                 ways["textbook"] = textbook(*logits, batch.label)
             for way, stats in ways.items():
@@ -160,13 +163,6 @@ def draw(rows: list[dict], file: Path) -> None:
     figure.axes[0].set_ylabel("share of decisions that agree with float64")
     figure.axes[1].legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None})
-
-
-def write(rows: list[dict], file: Path) -> None:
-    with open(file, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def run(name: str, seed: int, model: str, pairs: list[Pair], unseen: list[Pair]) -> dict:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -1007,3 +1008,27 @@ def test_a_run_with_a_cached_reference_says_how_many_decisions_differ(folder, tm
     monkeypatch.setattr(train, "rank_and_world", lambda: (0, 2))
     code, err = ended([*argv, "--out", tmp_path / "c"], capsys)
     assert code == 2 and "--cache-reference is for one process" in err
+
+
+def test_a_run_with_a_cached_reference_resumes_to_the_bit(folder, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", id_rows(20))
+    argv = ["--model", folder / "model", "--data", data, "--batch-size", "4", "--lr", "1e-2", "--eval-size", "4"]
+    argv = [str(x) for x in [*argv, "--save-every", "2", "--cache-reference", tmp_path / "cache"]]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main([*argv, "--out", str(one)]) == 0
+    # The second run goes back to its second step, as a kill would leave it, and makes the reference's file anew.
+    real_save, kept = train.save_checkpoint, []
+
+    def save(out, step, *rest):
+        real_save(out, step, *rest)
+        if step == 2:
+            kept.append((out / "checkpoint.pt").read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save)
+        assert train.main([*argv, "--out", str(two)]) == 0
+    (two / "checkpoint.pt").write_bytes(kept[0])
+    shutil.rmtree(tmp_path / "cache")
+    assert train.main([*argv, "--out", str(two), "--resume"]) == 0
+    assert read_metrics(one) == read_metrics(two)
+    assert (one / "model/model.safetensors").read_bytes() == (two / "model/model.safetensors").read_bytes()
