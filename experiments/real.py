@@ -1,7 +1,7 @@
 """ε-DPO on a real checkpoint: `python -m experiments.real --model DIR --data FILE.jsonl`
 
 Questions 4 and 8 of experiments/README.md. DPO and ε-DPO train on short pairs, in float32; after some steps of one run
-the decisions on seen and unseen pairs are taken once more in several precisions. Finished runs are kept in out/real.
+the decisions on seen and unseen pairs are taken once more in several precisions. What is finished is kept in out/real.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,7 +28,7 @@ from train import EpsDPO, Flags, evaluate, train
 
 CACHE = Path("out/real")
 LENGTH, UNSEEN, SEEN, BATCH, STEPS = 96, 200, 64, 8, 32  # tokens of the longest row; pairs; pairs; pairs; steps
-LOOKS = (1, 3, 8, 32)  # steps after which decisions are compared
+LOOKS = (1, 8, 32)  # steps after which decisions are compared
 BETA, EPSILON, LR = 0.1, 0.02, 1e-5
 FORMATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -70,28 +71,38 @@ def textbook(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Token
     return TokenStats(logp, ref, minus - logp, plus - logp, torch.zeros_like(logp))
 
 
+def kept(file: Path, make: Callable, *args):
+    """What `make(*args)` gives, or gave before: it is kept in `file`."""
+    if not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(make(*args), ensure_ascii=False))
+        partial.replace(file)
+    return json.loads(file.read_text())
+
+
 @torch.no_grad()
 def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> list[dict]:
     """Both differences of each pair's log-odds, by every format and way; `known` keeps the reference's hidden states.
 
     float64 increments are the truth. 16-bit increments have a float32 head; 16-bit textbook rounds the logits too.
     """
-    models = {torch.float64: [copy.deepcopy(x).double() for x in (policy, reference)]}
+    exact = known.setdefault("reference", copy.deepcopy(reference).double())
+    models = {"float64": (copy.deepcopy(policy).double(), exact)}
     found = []
     for i in range(0, len(pairs), 4):
         batch = collate(pairs[i : i + 4])
         size = len(batch.tokens)
         lengths = batch.owner.bincount(minlength=2 * size).tolist()
         for name, dtype in FORMATS.items():
-            now, ref = models.get(dtype, (policy, reference))
+            now, ref = models.get(name, (policy, reference))
             if (name, i) not in known:
                 known[name, i] = body(ref, batch, dtype)
-            hidden, weight = body(now, batch, dtype), now.lm_head.weight
-            ref_hidden, ref_weight = known[name, i], ref.lm_head.weight
-            ways = {"increments": linear_token_stats(hidden, weight, ref_hidden, ref_weight, batch.label, EPSILON)}
+            heads = (body(now, batch, dtype), now.lm_head.weight), (known[name, i], ref.lm_head.weight)
+            ways = {"increments": linear_token_stats(*heads[0], *heads[1], batch.label, EPSILON)}
             if name != "float64":
                 with rounding_as(dtype):
-                    logits = F.linear(hidden, weight), F.linear(ref_hidden, ref_weight)
+                    logits = [F.linear(*head) for head in heads]
                 ways["textbook"] = textbook(*logits, batch.label)
             for way, stats in ways.items():
                 sums = sum_over_responses(stats, batch.owner, 2 * size)
@@ -113,7 +124,7 @@ class Watched(EpsDPO):
         super().after_step(sums, policy, reference)
         self.steps += 1
         for name, some in self.pairs.items() if self.steps in LOOKS else ():
-            lines = decisions(policy, reference, some, self.known[name])
+            lines = kept(CACHE / f"{name}-{self.steps}.json", decisions, policy, reference, some, self.known[name])
             self.found += [{"step": self.steps, "pairs": name} | line for line in lines]
 
 
@@ -166,10 +177,7 @@ def draw(rows: list[dict], file: Path) -> None:
 
 
 def run(name: str, seed: int, model: str, pairs: list[Pair], unseen: list[Pair]) -> dict:
-    """A finished run's held-out numbers and decisions, from the cache if they are there."""
-    file = CACHE / f"{name}-{seed}.json"
-    if file.exists():
-        return json.loads(file.read_text())
+    """A run's held-out numbers and decisions."""
     policy, reference = (GPT.from_pretrained(model) for _ in range(2))
     flags = Flags(beta=BETA, epsilon=EPSILON, lr=LR, batch_size=BATCH, steps=STEPS, micro_tokens=512, seed=seed)
     # the pairs of the first steps, in `train`'s order
@@ -181,10 +189,7 @@ def run(name: str, seed: int, model: str, pairs: list[Pair], unseen: list[Pair])
     held = evaluate(policy, reference, unseen, method, flags)
     result = {"β": method.beta, "accuracy": held["eval/rewards/accuracies"], "KL": held["eval/kl"]}
     result |= {"log-ratio margin": held["eval/rewards/margins"] / method.beta, "loss": lines[-1]["loss"]}
-    result |= {"steps/lower": held["eval/steps/lower"], "found": getattr(method, "found", [])}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, ensure_ascii=False))
-    return result
+    return result | {"steps/lower": held["eval/steps/lower"], "found": getattr(method, "found", [])}
 
 
 def main() -> None:
@@ -201,11 +206,17 @@ def main() -> None:
     print(f"{len(pairs)} pairs of at most {LENGTH} tokens to train on, {len(unseen)} held out")
     rows = []
     for name in ("ε-DPO", "DPO"):
-        results = [run(name, seed, args.model, pairs, unseen) for seed in range(args.seeds)]
+        results = [
+            kept(CACHE / f"{name}-{seed}.json", run, name, seed, args.model, pairs, unseen)
+            for seed in range(args.seeds)
+        ]
         row = {"method": name}
         for key in [key for key in results[0] if key != "found"]:
             values = [result[key] for result in results]
-            row |= {key: mean(values), f"{key}_se": stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0}
+            row |= {
+                key: mean(values),
+                f"{key}_se": stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan,
+            }
         rows.append(row)
         if name == "ε-DPO":
             write(found := summary(results[0]["found"]), RESULTS / "question4.csv")

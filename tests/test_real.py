@@ -81,3 +81,12 @@ def test_the_table_in_numbers():
     assert row["slope"] == pytest.approx((2 + 8 + 8 - 2) / 10)
     residual = [2 - 1.6, 4 - 3.2, -4 + 3.2, -2 - 1.6]
     assert row["noise / signal"] == pytest.approx((sum(x * x for x in residual) / (1.6**2 * 10)) ** 0.5)
+
+
+def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "CACHE", tmp_path / "out")
+    file = real.CACHE / "look.json"
+    with pytest.raises(ZeroDivisionError):
+        real.kept(file, lambda: 1 / 0)
+    assert not file.exists()
+    assert real.kept(file, lambda: [1.5]) == [1.5] == real.kept(file, lambda: 1 / 0)
