@@ -84,7 +84,7 @@ class Flags:
     max_length: int = 2048  # tokens of a prompt and one response
     max_prompt_length: int | None = None  # tokens a prompt keeps where something must be cut [half of --max-length]
     skip_bad_rows: bool = False  # skip and count rows that cannot be used, in place of stopping at the first
-    dtype: str = "float32"  # float32, or bfloat16: autocast over float32 weights, the decision still in float32
+    dtype: str = "float32"  # float32, or float16 or bfloat16: autocast over float32 weights, the decision in float32
     device: str = "auto"  # auto is cuda where there is one, else cpu
     seed: int = 0  # the order of the pairs and, for the toy, its dice
     eval_every: int = 0  # evaluate every N steps too, not only at the start and the end
@@ -124,7 +124,7 @@ class Flags:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number, at least 0"),
             ("max_length", self.max_length >= 2, "at least 2: a token of the prompt and one of a response"),
             ("max_prompt_length", 0 < self.max_prompt_length < self.max_length, "at least 1, below --max-length"),
-            ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+            ("dtype", self.dtype in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
             ("resume", not (self.resume and self.overwrite), "either --resume or --overwrite"),
             *(
                 (name, getattr(self, name) >= 0, "at least 0")
@@ -190,7 +190,8 @@ class EpsDPO:
 
 
 def bodies_in(dtype: str, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    low = torch.float16 if dtype == "float16" else torch.bfloat16
+    return torch.autocast(device.type, low, enabled=dtype != "float32")
 
 
 def compare(
@@ -198,7 +199,7 @@ def compare(
 ) -> tuple[TokenStats, TokenStats]:
     """Sums (B,) of the chosen and of the rejected responses: one forward pass of each model, whatever ε is.
 
-    dtype: of the matmuls in the bodies, "bfloat16" by autocast or "float32" without; heads and decisions are float32.
+    dtype: of the matmuls in the bodies, 16 bits by autocast or "float32" without; heads and decisions are float32.
     """
     where = (batch.tokens, batch.positions, batch.segments, batch.source)
     with bodies_in(dtype, batch.tokens.device):
@@ -464,8 +465,19 @@ def learning_rate(step: int, steps: int, flags: Flags) -> float:
     return flags.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
-def accumulate(policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDPO, flags: Flags) -> list[dict]:
-    """Add the gradient of the mean loss over an effective batch; returns what `add_up` adds up.
+def loss_scales(dtype: str, ideal: float) -> list[float]:
+    """What to multiply the loss by, tried in turn until no gradient overflows: 1 in all formats but float16.
+
+    That loses gradients below 6e-8 and overflows above 65504. One of a log-probability is about β/2 over the number of
+    pairs: with the inverse of β over the pairs as `ideal`, rounded to a power of two, it is about ½.
+    """
+    return [2.0 ** (round(math.log2(ideal)) - 4 * i) for i in range(6)] if dtype == "float16" else [1.0]
+
+
+def accumulate(
+    policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDPO, flags: Flags, scale: float = 1.0
+) -> list[dict]:
+    """Add the gradient of the mean loss over an effective batch, times `scale`; returns what `add_up` adds up.
 
     Raises ValueError naming the rows of a micro-batch whose logits are not finite.
     """
@@ -479,7 +491,7 @@ def accumulate(policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDP
             raise ValueError(f"rows {rows(group)}: {e}") from e
         if torch.is_grad_enabled():
             # FSDP averages gradients over the processes: sum · world / pairs makes that the mean over all pairs.
-            (result.losses.sum() * (world / len(batch))).backward()
+            (result.losses.sum() * (scale * world / len(batch))).backward()
         parts.append(totals(result, chosen, rejected, micro, method.beta))
     return parts
 
@@ -559,9 +571,15 @@ def train(
                 epoch, place = divmod(step, steps_per_epoch)
                 order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
                 batch = [pairs[i] for i in order]
-                sums, stopping = add_up(accumulate(policy, reference, batch, method, flags), len(asked))
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
-                norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                for scale in loss_scales(flags.dtype, len(batch) / method.beta):
+                    optimizer.zero_grad()
+                    sums, stopping = add_up(accumulate(policy, reference, batch, method, flags, scale), len(asked))
+                    for p in policy.parameters() if scale != 1 else ():
+                        p.grad /= scale
+                    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
+                    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                    if math.isfinite(norm):
+                        break
                 if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
                     loss = sums["loss"] / len(batch)
                     raise ValueError(f"rows {rows(batch)}: the loss is {loss}, the gradient's norm {norm}")
@@ -570,7 +588,6 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, flags)
                 optimizer.step()
-                optimizer.zero_grad()
                 beta = method.beta
                 method.after_step(sums, policy, reference)
 
@@ -627,6 +644,7 @@ TOY_MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_
 
 def toy_job(flags: Flags, device: torch.device) -> None:
     """ε-DPO and DPO on a world whose every response is listed, from the same pairs and the same reference."""
+    torch.set_num_threads(1)  # more would get in each other's way, and change the last digits with their number
     out = Path(flags.out or "out/toy")
     claim(out, flags)
     world = toy.World(flags.seed)

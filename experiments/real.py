@@ -87,8 +87,9 @@ def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> li
 
     float64 increments are the truth. 16-bit increments have a float32 head; 16-bit textbook rounds the logits too.
     """
-    exact = known.setdefault("reference", copy.deepcopy(reference).double())
-    models = {"float64": (copy.deepcopy(policy).double(), exact)}
+    if not known:
+        known["reference"] = copy.deepcopy(reference).double()
+    models = {"float64": (copy.deepcopy(policy).double(), known["reference"])}
     found = []
     for i in range(0, len(pairs), 4):
         batch = collate(pairs[i : i + 4])

@@ -43,4 +43,6 @@ def quick_toy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "TOY_PAIRS", 96)
     monkeypatch.setattr(toy, "fit_reference", partial(toy.fit_reference, steps=3))
-    return tmp_path / "out" / "toy"
+    threads = torch.get_num_threads()
+    yield tmp_path / "out" / "toy"
+    torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,7 +154,7 @@ def count_calls(model: GPT) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("epsilon", [{"epsilon": 0.0}, {"epsilon": 0.01}, {"epsilon_check": 0.9, "epsilon_step": 0.5}])
 def test_one_forward_of_each_model_per_micro_batch_whatever_epsilon(epsilon, dtype, monkeypatch):
     pairs, micro = pairs_of(id_rows(10)), []
@@ -188,13 +189,13 @@ def assert_nothing_has_moved(policy, reference, pairs, dtype, **given):
     assert lines[1]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"model_type": "mistral", "sliding_window": 3}])
 def test_step_0_is_exactly_zero(dtype, options):
     assert_nothing_has_moved(*two_models(**options), pairs_of(id_rows(13)), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_step_0_is_exactly_zero_on_the_toy(dtype):
     torch.manual_seed(0)
     world, reference = toy.World(), GPT(train.Config(**train.TOY_MODEL))
@@ -207,7 +208,7 @@ def test_step_0_is_exactly_zero_on_the_toy(dtype):
     assert_nothing_has_moved(copy.deepcopy(reference), reference, pairs, dtype, beta=0.5)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=real) for d in ("float32", "bfloat16")])
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=real) for d in ("float32", "float16", "bfloat16")])
 def test_step_0_is_exactly_zero_on_a_real_checkpoint(dtype):
     policy, reference = (GPT.from_pretrained(CHECKPOINT) for _ in range(2))
     pairs = pairs_of(id_rows(5, vocab=policy.config.vocab_size, longest=20))
@@ -419,7 +420,7 @@ def test_a_reference_that_shares_weights_with_the_policy_is_refused():
             train.train(policy, other, pairs_of(id_rows(4)), flags_of())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_gradient_checkpointing_saves_memory_and_changes_no_bit(dtype):
     found = []
     for keep in (False, True):
@@ -433,7 +434,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_bit(dtype):
     assert found[1][2]["layer 0"] == 2 * found[0][2]["layer 0"] and found[1][2]["model"] == found[0][2]["model"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_bfloat16_checkpoint_trains_in_float32_weights(dtype, folder, tmp_path):
     tiny_model().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     argv = argv_of(folder, tmp_path / "out", "--lr", "5e-7", "--dtype", dtype, model=str(tmp_path / "half"))
@@ -460,6 +461,37 @@ def test_the_head_is_computed_in_float32_under_autocast():
     for name, ours, theirs in zip(TokenStats._fields, zip(*found), sums):
         ours = torch.cat(ours[:2])
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()), msg=name)
+
+
+# ---- float16 ---------------------------------------------------------------------------------------------------------
+
+
+class Loud(train.EpsDPO):
+    """Its loss is 10⁷ times larger than β says."""
+
+    def loss(self, chosen, rejected, batch):
+        out = super().loss(chosen, rejected, batch)
+        return out._replace(losses=1e7 * out.losses)
+
+
+@pytest.mark.parametrize("beta, kind", [(1e-7, train.EpsDPO), (0.1, train.EpsDPO), (1e4, train.EpsDPO), (0.1, Loud)])
+def test_float16_gradients_neither_vanish_nor_overflow(beta, kind, monkeypatch):
+    seen, scales = {}, []
+    accumulate, clip = train.accumulate, torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, norm):
+        parameters = list(parameters)
+        seen[dtype] = [p.grad.clone() for p in parameters]
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(train, "accumulate", lambda *args: scales.append(args[5]) or accumulate(*args))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    for dtype in ("float32", "float16"):
+        train.train(*two_models(), pairs_of(id_rows(4)), flags_of(dtype=dtype, steps=1), kind(beta, 0.01, 0.01))
+    for found, wanted in zip(seen["float16"], seen["float32"]):
+        assert wanted.norm() > 0 and (found - wanted).norm() < 0.02 * wanted.norm()
+    assert scales[:2] == [1, 2 ** round(math.log2(4 / beta))]
+    assert len(scales) == 2 if kind is train.EpsDPO else 7 > len(scales) > 2 and scales[2] == scales[1] / 16
 
 
 # ---- what is not finite ----------------------------------------------------------------------------------------------
@@ -707,7 +739,7 @@ BAD = {  # flag: values that are refused at once
     "weight-decay": ["-0.1", "nan", "inf", "x"],
     "max-length": ["0", "-1", "1", "x"],
     "max-prompt-length": ["0", "-1", "2048", "9999", "x"],
-    "dtype": ["float16", "fp32", ""],
+    "dtype": ["float8", "fp32", ""],
     "device": ["mps", "gpu", "cpu:x", "cuda:99", ""],
     "seed": ["-1", "1.5", "x", "99999999999999999999999"],
     "eval-size": ["-1", "x"],
@@ -953,7 +985,9 @@ def policies_source(model, tmp_path):
 
 
 def test_a_cached_reference_gives_the_references_hidden_states_and_runs_none(tmp_path, monkeypatch):
-    pairs, reference = pairs_of(id_rows(9)), policies_source(tiny_model(tied=True), tmp_path)
+    pairs, reference = pairs_of(id_rows(8)), policies_source(tiny_model(tied=True), tmp_path)
+    twin = next(pair for pair in pairs if len(pair.rejected) > 1)  # the same ids, cut elsewhere
+    pairs.append(twin._replace(chosen=np.r_[twin.chosen, twin.rejected[:1]], rejected=twin.rejected[1:]))
     flags = flags_of(model=str(tmp_path / "source"), data=("x",), out="x", cache_reference=str(tmp_path / "cache"))
     cached = train.CachedReference(reference, pairs, flags)
     (file,) = (tmp_path / "cache").iterdir()
