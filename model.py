@@ -286,6 +286,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except torch.OutOfMemoryError:  # what is written may be computed on the way
+        raise
     except (OSError, RuntimeError) as error:  # a full disk is the first in Python's files, the second in torch's
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:

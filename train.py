@@ -219,17 +219,20 @@ class CachedReference(torch.nn.Module):
     """The reference as a file of its hidden states at response tokens, float32 (M, D) for all pairs one after another.
 
     Log-probabilities could not be kept: the check mixes both models' logits. Hidden states can: D numbers a token.
-    `policy` must still be the reference. The file is named by a hash of model, token ids and dtype, and kept. Raises
-    ValueError for one of another size and where there is no room.
+    `policy` must still be the reference. The file is named by a hash of all weights, token ids and dtype, and kept.
+    Raises ValueError for one of another size and where there is no room.
     """
 
     def __init__(self, policy: GPT, pairs: Sequence[Pair], flags: Flags) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(policy.lm_head.weight.detach().clone(), requires_grad=False)  # (V, D)
-        who, folder = identity(flags, pairs), Path(flags.cache_reference)
-        name = hashlib.sha256("".join((who["the model"], who["the data"], flags.dtype)).encode()).hexdigest()[:16]
-        counts, file = [len(pair.chosen) + len(pair.rejected) for pair in pairs], folder / f"reference-{name}.f32"
-        width = policy.config.hidden_size
+        pairs = sorted(pairs, key=lambda pair: (pair.file, pair.line))  # however many are held out, one file
+        name = hashlib.sha256(f"{policy.config} {hash_of_ids(pairs)} {flags.dtype}".encode())
+        for p in policy.parameters():
+            name.update(p.detach().float().cpu().numpy())
+        folder, width = Path(flags.cache_reference), policy.config.hidden_size
+        file = folder / f"reference-{name.hexdigest()[:16]}.f32"
+        counts = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
         size = 4 * sum(counts) * width
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
@@ -344,24 +347,29 @@ RESULTS = ("metrics.jsonl", "checkpoint.pt", "model", "run.svg")
 # Flags that a resumed run may change: they alter neither the data nor the numbers (micro_tokens: their last bits only).
 FREE_ON_RESUME = {
     *("model", "data", "eval_data", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show"),
-    *("resume", "overwrite", "gradient_checkpointing"),
+    *("resume", "overwrite", "gradient_checkpointing", "cache_reference"),
 }
+
+
+def hash_of_ids(pairs: Sequence[Pair]) -> str:
+    ids = hashlib.sha256()
+    for pair in pairs:
+        for part in pair[:3]:
+            ids.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
+    return ids.hexdigest()
 
 
 def identity(flags: Flags, pairs: Sequence[Pair]) -> dict[str, str]:
     """What a checkpoint belongs to: the flags that matter, hashes of all token ids and of the first model's files."""
-    ids, files = hashlib.sha256(), hashlib.sha256()
-    for pair in pairs:
-        for part in pair[:3]:
-            ids.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
-    folder = Path(flags.model)
+    files, folder = hashlib.sha256(), Path(flags.model)
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if flags.model else ():
         with open(path, "rb") as f:  # size and ends: enough to tell two models apart, whatever their size
             files.update(path.stat().st_size.to_bytes(8, "little") + f.read(1 << 20))
             f.seek(max(0, path.stat().st_size - (1 << 20)))
             files.update(f.read())
     chosen = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in FREE_ON_RESUME}
-    return chosen | {"the data": ids.hexdigest(), "the model": files.hexdigest()}
+    chosen["cache_reference"] = str(bool(flags.cache_reference))  # where the file lies changes no number
+    return chosen | {"the data": hash_of_ids(pairs), "the model": files.hexdigest()}
 
 
 def claim(out: Path, flags: Flags) -> None:
@@ -375,7 +383,7 @@ def claim(out: Path, flags: Flags) -> None:
     if not flags.out and before.get("model") == "":
         flags.overwrite = not flags.resume
     held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
-    for path in filter(None, (flags.model, *flags.data, *flags.eval_data)):
+    for path in filter(None, (flags.model, flags.cache_reference, *flags.data, *flags.eval_data)):
         if any(Path(path).resolve().is_relative_to((out / name).resolve()) for name in RESULTS):
             raise ValueError(f"--out {out}: this run would replace {path}, which it reads; choose another folder")
     # A run that was to save checkpoints and has none was killed before its first: it starts again.
@@ -471,7 +479,8 @@ def loss_scales(dtype: str, ideal: float) -> list[float]:
     That loses gradients below 6e-8 and overflows above 65504. One of a log-probability is about β/2 over the number of
     pairs: with the inverse of β over the pairs as `ideal`, rounded to a power of two, it is about ½.
     """
-    return [2.0 ** (round(math.log2(ideal)) - 4 * i) for i in range(6)] if dtype == "float16" else [1.0]
+    start = round(math.log2(min(max(ideal, 2.0**-99), 2.0**99)))  # within float32's range
+    return [2.0 ** (start - 4 * i) for i in range(6)] if dtype == "float16" else [1.0]
 
 
 def accumulate(
@@ -578,11 +587,11 @@ def train(
                         p.grad /= scale
                     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
                     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-                    if math.isfinite(norm):
+                    if math.isfinite(norm) or not math.isfinite(sums["loss"]):
                         break
                 if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
-                    loss = sums["loss"] / len(batch)
-                    raise ValueError(f"rows {rows(batch)}: the loss is {loss}, the gradient's norm {norm}")
+                    said = f"rows {rows(batch)}: the loss is {sums['loss'] / len(batch)}, the gradient's norm {norm}"
+                    raise ValueError(said + " (float16 overflows above 65504)" * (flags.dtype == "float16"))
                 if step == 0 and norm == 0:
                     tqdm.write(NOTHING_TO_LEARN)
                 for group in optimizer.param_groups:
@@ -596,6 +605,8 @@ def train(
                 line = {"epoch": (step + 1) / steps_per_epoch, "learning_rate": group["lr"], "grad_norm": norm}
                 line |= {"beta": beta} | {name: value / len(batch) for name, value in sums.items()}
                 line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+                if flags.dtype == "float16":
+                    line["loss_scale"] = scale
                 write(step + 1, line | {"memory_gb": memory_gb(device)})
                 shown = (line["loss"], beta, line["rewards/accuracies"], tokens / seconds, memory_gb(device))
                 bar.set_postfix_str("loss {:.4f} β {:.4g} accuracy {:.2f} {:.0f} tok/s {:.1f} GB".format(*shown))
@@ -697,8 +708,13 @@ def toy_job(flags: Flags, device: torch.device) -> None:
 def real_job(flags: Flags, device: torch.device) -> None:
     """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
     out, folder = Path(flags.out), Path(flags.model)
-    if flags.cache_reference and rank_and_world()[1] > 1:
-        raise ValueError("--cache-reference is for one process")
+    if flags.cache_reference:
+        if rank_and_world()[1] > 1:
+            raise ValueError("--cache-reference is for one process")
+        try:
+            Path(flags.cache_reference).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--cache-reference {flags.cache_reference}: no folder can be made there: {e}") from e
     config = Config.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if tokenizer and flags.resume and (out / "flags.json").exists():  # templates may write the date: that of the start
@@ -724,16 +740,16 @@ def real_job(flags: Flags, device: torch.device) -> None:
     if not pairs or (flags.eval_data and not eval_pairs):
         raise ValueError("--data or --eval-data: no usable pair is left")
     policy = GPT.from_pretrained(folder, device=device, prepare=shard)
+    print(forecast(policy, pairs, flags))
     if flags.cache_reference:
         reference = CachedReference(policy, [*pairs, *eval_pairs], flags)
         print("with it, the first steps need not be 0: other micro-batches round otherwise")
     else:
         reference = GPT.from_pretrained(folder, device=device, prepare=shard)
-    print(forecast(policy, pairs, flags))
     shown = eval_pairs[: flags.samples] if rank_and_world()[1] == 1 and tokenizer else []
     ends = Counter(int(pair.chosen[-1]) for pair in [*pairs, *eval_pairs] if not pair.cut[1]) or Counter([-1])
     before = answers(policy, shown, end := ends.most_common(1)[0][0])
-    lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out)
+    leave_results(policy, train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out), out)
     if flags.cache_reference and eval_pairs:
         cached, fresh = (
             decisions(policy, x, eval_pairs, flags) for x in (reference, GPT.from_pretrained(folder, device=device))
@@ -744,7 +760,6 @@ def real_job(flags: Flags, device: torch.device) -> None:
     for pair, old, new in zip(shown, before, answers(policy, shown, end)):
         texts = [tokenizer.decode(ids).strip()[-400:] for ids in (pair.prompt, old, new)]
         print("\nprompt: …{}\nbefore: {}\nafter:  {}".format(*texts))
-    leave_results(policy, lines, out)
 
 
 def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
@@ -765,7 +780,7 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     )
     whole = (3 if c.tie_word_embeddings else 6) * table * (world > 1)
     memory = 4e-9 * (
-        (5 - bool(flags.cache_reference)) * count(policy) / world
+        (4 * count(policy) + (table if flags.cache_reference else count(policy))) / world
         + whole
         + kept * max(flags.micro_tokens, row)
         + 1024 * c.vocab_size

@@ -97,9 +97,10 @@ def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> li
         lengths = batch.owner.bincount(minlength=2 * size).tolist()
         for name, dtype in FORMATS.items():
             now, ref = models.get(name, (policy, reference))
-            if (name, i) not in known:
-                known[name, i] = body(ref, batch, dtype)
-            heads = (body(now, batch, dtype), now.lm_head.weight), (known[name, i], ref.lm_head.weight)
+            place = (name, id(pairs), i)
+            if place not in known:
+                known[place] = body(ref, batch, dtype)
+            heads = (body(now, batch, dtype), now.lm_head.weight), (known[place], ref.lm_head.weight)
             ways = {"increments": linear_token_stats(*heads[0], *heads[1], batch.label, EPSILON)}
             if name != "float64":
                 with rounding_as(dtype):
@@ -119,13 +120,13 @@ class Watched(EpsDPO):
 
     def __init__(self, pairs: dict[str, list[Pair]]) -> None:
         super().__init__(BETA, EPSILON, EPSILON)
-        self.pairs, self.known, self.steps, self.found = pairs, {name: {} for name in pairs}, 0, []
+        self.pairs, self.known, self.steps, self.found = pairs, {}, 0, []
 
     def after_step(self, sums, policy, reference):
         super().after_step(sums, policy, reference)
         self.steps += 1
         for name, some in self.pairs.items() if self.steps in LOOKS else ():
-            lines = kept(CACHE / f"{name}-{self.steps}.json", decisions, policy, reference, some, self.known[name])
+            lines = kept(CACHE / f"{name}-{self.steps}.json", decisions, policy, reference, some, self.known)
             self.found += [{"step": self.steps, "pairs": name} | line for line in lines]
 
 
@@ -199,6 +200,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="preference files")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     args = parser.parse_args()
+    asked = [args.model, args.data, LENGTH, UNSEEN, SEEN, BATCH, STEPS, LOOKS, BETA, EPSILON, LR]
+    if (before := kept(CACHE / "settings.json", repr, asked)) != repr(asked):
+        parser.error(f"{CACHE} holds runs of {before}; delete it to run {asked}")
     rules = {"vocab_size": Config.from_json(Path(args.model) / "config.json").vocab_size, "skip_bad_rows": True}
     pairs, _ = load_pairs(args.data, Tokenizer.from_pretrained(args.model), max_length=512, **rules)
     pairs = [pair for pair in pairs if row_length(pair) <= LENGTH]
