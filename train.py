@@ -581,7 +581,6 @@ def train(
                 order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
                 batch = [pairs[i] for i in order]
                 for scale in loss_scales(flags.dtype, len(batch) / method.beta):
-                    optimizer.zero_grad()
                     sums, stopping = add_up(accumulate(policy, reference, batch, method, flags, scale), len(asked))
                     for p in policy.parameters() if scale != 1 else ():
                         p.grad /= scale
@@ -589,6 +588,7 @@ def train(
                     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
                     if math.isfinite(norm) or not math.isfinite(sums["loss"]):
                         break
+                    optimizer.zero_grad()
                 if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
                     said = f"rows {rows(batch)}: the loss is {sums['loss'] / len(batch)}, the gradient's norm {norm}"
                     raise ValueError(said + " (float16 overflows above 65504)" * (flags.dtype == "float16"))
@@ -597,6 +597,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, flags)
                 optimizer.step()
+                optimizer.zero_grad()
                 beta = method.beta
                 method.after_step(sums, policy, reference)
 
