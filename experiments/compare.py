@@ -254,7 +254,7 @@ OPPOSITE = ["ε-DPO's move and margin", "β-DPO's move and margin", "pairs moved
 RIGHT = ["token right", "margin right"]
 COLUMNS = {  # of the tables; the names of settings that make panels and lines of the figures; their x and y
     1: ([*YARDSTICKS, "reward minus DPO's at that KL"], ("world",), "method", "KL to reference", "mean reward"),
-    2: ([*OPPOSITE, "mean step and mean margin", "β and mean margin"], ("world",), "method", OPPOSITE[0], OPPOSITE[2]),
+    2: ([*OPPOSITE, "mean step and mean margin", "β and mean margin"], ("world",), "method", *OPPOSITE[:2]),
     3: ([*YARDSTICKS, PATH[0]], (), "epsilon_step", "epsilon", "mean reward"),
     5: ([*RIGHT, "token keep", "ties", "KL to π*"], ("reward",), "scaled", "KL to π*", RIGHT[0]),
     6: ([*YARDSTICKS, PATH[0], *APART], ("world", "epsilon"), "method", *APART[1::-1]),
@@ -345,7 +345,12 @@ def draw(question: int, rows: list[dict], seeds: range, file: Path) -> None:
         if question == 7:
             axes.axline((0.1, 0.1), (0.5, 0.5), color=GREY, label="equal")
             axes.set(xscale="log", yscale="log")
-        axes.set(xlabel=x, ylabel=y, title=", ".join(map(str, panel)))
+        if question == 2:  # opposite directions are the upper left
+            axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
+            axes.axhline(0, color=GREY, linewidth=0.8)
+            axes.axvline(0, color=GREY, linewidth=0.8)
+        of = "correlation of " * (question == 2)
+        axes.set(xlabel=of + x, ylabel=of + y, title=", ".join(map(str, panel)))
     figure.axes[-1].legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None})
 
