@@ -372,6 +372,13 @@ class Rows(NamedTuple):
         return x.flatten(0, 1) if self.places is None else x.flatten(0, 1)[self.places]
 
 
+def again(f: Callable, *inputs: Tensor) -> Tensor:
+    """`f(*inputs)`, done again in backward in place of keeping what is inside: for cheap work on large tensors."""
+    if not torch.is_grad_enabled():
+        return f(*inputs)
+    return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -417,7 +424,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(again(lambda gate, up: F.silu(gate) * up, self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -429,8 +436,8 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: list | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rows, cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(again(self.input_layernorm, x), rows, cos, sin, mask, cache)
+        return x + self.mlp(again(self.post_attention_layernorm, x))
 
 
 class GPT(nn.Module):

@@ -775,7 +775,7 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
     # Numbers of 4 bytes: the policy's weights, gradient and two moments and the reference's weights; with more than one
     # process embeddings and heads whole (policy's, gradient, reference's); what backward needs; a chunk of the head.
-    layer, table = 14 * c.hidden_size + 4 * c.intermediate_size, c.vocab_size * c.hidden_size
+    layer, table = 12 * c.hidden_size + 3 * c.intermediate_size, c.vocab_size * c.hidden_size
     kept = (
         layer * c.num_hidden_layers if not flags.gradient_checkpointing else layer + c.hidden_size * c.num_hidden_layers
     )

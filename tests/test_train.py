@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 import toy
 import train
-from data import collate, epoch_order, row_length
+from data import Pair, collate, epoch_order, row_length
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
-from model import GPT, load_safetensors
+from model import GPT, Config, load_safetensors
 from tests.runs import (
     CHECKPOINT,
     VOCAB,
@@ -1129,3 +1129,20 @@ def test_a_run_with_a_cached_reference_resumes_to_the_bit(folder, tmp_path, caps
     assert train.main([*argv[:-1], str(tmp_path / "elsewhere"), "--out", str(two), "--resume"]) == 0
     assert read_metrics(one) == read_metrics(two)
     assert (one / "model/model.safetensors").read_bytes() == (two / "model/model.safetensors").read_bytes()
+
+
+def test_backward_keeps_no_more_than_the_forecast_counts():
+    c = Config(vocab_size=50, hidden_size=240, intermediate_size=640, num_hidden_layers=3, num_attention_heads=3)
+    pairs = [Pair(*(np.arange(n) for n in sizes)) for sizes in ((9, 15, 20), (9, 15, 19))]
+    model, kept, batch = GPT(c), {}, collate(pairs)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = (x, x.untyped_storage().nbytes() / 4)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(batch.tokens, batch.positions, batch.segments, batch.source)
+    numbers = sum(size for _, size in kept.values()) / (int((batch.segments >= 0).sum()) * c.num_hidden_layers)
+    assert 1.0 < numbers / (12 * c.hidden_size + 3 * c.intermediate_size) < 1.09, numbers
