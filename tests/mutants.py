@@ -1,6 +1,6 @@
 """Mistakes that real ports make, put into the code one at a time; the tests must notice every one.
 
-    python -m tests.mutants                 all of them (about 20 minutes on two cores), a line each and a count at the end
+    python -m tests.mutants                 all of them (about an hour on one core), a line each and a count at the end
     python -m tests.mutants epsdpo mask     those whose file or name contains a word
 
 A mutant is a copy of the repository with one piece of text replaced. It is killed when the tests named beside it fail (or
