@@ -24,7 +24,7 @@ from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, row_l
 from epsdpo import TokenStats, beta_steps, linear_token_stats, perturbed_logits, sum_over_responses
 from experiments.compare import RESULTS, show, write
 from model import GPT, Config
-from train import EpsDPO, Flags, evaluate, train
+from train import EpsDPO, Flags, evaluate, learning_rate, train
 
 CACHE = Path("out/real")
 LENGTH, UNSEEN, SEEN, BATCH, STEPS = 96, 200, 64, 8, 32  # tokens of the longest row; pairs; pairs; pairs; steps
@@ -158,6 +158,25 @@ def summary(found: list[dict]) -> list[dict]:
     return rows
 
 
+def on_the_grid(model: GPT, learning_rates: list[float]) -> list[dict]:
+    """The share of weights that can have left their place on a 16-bit grid: half its step is below what Adam moves.
+
+    Weights that are exact in 16 bits, as a checkpoint's are, round back to themselves until then.
+    """
+    sizes, rows = torch.cat([p.detach().flatten().abs() for n, p in model.named_parameters() if "proj" in n]), []
+    for step in LOOKS:
+        row = {
+            "step": step,
+            "median weight": float(sizes.median()),
+            "sum of learning rates": sum(learning_rates[:step]),
+        }
+        for name in ("float16", "bfloat16"):
+            half = torch.finfo(FORMATS[name]).eps / 2 * sizes.log2().floor().exp2()
+            row[name] = float((half < row["sum of learning rates"]).double().mean())
+        rows.append(row)
+    return rows
+
+
 def draw(rows: list[dict], file: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -228,6 +247,8 @@ def main() -> None:
             with contextlib.suppress(ImportError):
                 draw(found, RESULTS / "question4.svg")
             show(found)
+            flags = Flags(lr=LR, steps=STEPS)
+            show(on_the_grid(GPT.from_pretrained(args.model), [learning_rate(i, STEPS, flags) for i in range(STEPS)]))
     write(rows, RESULTS / "question8.csv")
     show(rows)
 

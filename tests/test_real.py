@@ -90,3 +90,18 @@ def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path, monkeyp
         real.kept(file, lambda: 1 / 0)
     assert not file.exists()
     assert real.kept(file, lambda: [1.5]) == [1.5] == real.kept(file, lambda: 1 / 0)
+
+
+def test_which_weights_can_leave_a_16_bit_grid():
+    model = tiny_model()
+    with torch.no_grad():
+        for i, p in enumerate(p for name, p in model.named_parameters() if "proj" in name):
+            p.fill_(-0.75 if i % 2 else 0.001)  # half a step of bf16: 2⁻⁹ and 2⁻¹⁸, of float16: 2⁻¹² and 2⁻²¹
+    large = sum(p.numel() for n, p in model.named_parameters() if "proj" in n and p.flatten()[0] < 0)
+    small = 1 - large / sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
+    rows = real.on_the_grid(model, [2.0**-20, *[0.0] * 6, 2.0**-11, *[1.0] * 24])
+    assert [r["float16"] for r in rows] == [pytest.approx(small), 1, 1]
+    assert [r["bfloat16"] for r in rows] == [0, pytest.approx(small), 1]
+    for size, step in ((0.75, 2.0**-9), (0.001, 2.0**-18)):
+        moved = torch.tensor(size).bfloat16().float() + torch.tensor([0.99 * step, 1.01 * step])
+        assert (moved.bfloat16() == torch.tensor(size).bfloat16()).tolist() == [True, False]
