@@ -46,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="pairs in an optimizer step [2]")
     parser.add_argument("--micro-tokens", type=int, default=512, help="of ours and dpo [512]")
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--dtype", default="float32", help="float32, or bfloat16: autocast [float32]")
+    parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 [float32]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS), help="[%(default)s]")
@@ -61,7 +61,7 @@ def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
         rules = {"vocab_size": config.vocab_size, "max_length": args.max_length, "skip_bad_rows": True}
         pairs = load_pairs([args.data], tokenizer, progress=False, **rules)[0]
         return pairs[: args.pairs], lambda: GPT.from_pretrained(args.model, device=args.device)
-    config = Config(**{key: int(value) for key, value in (item.split("=") for item in args.shape.split(","))})
+    config = Config(**{key: json.loads(value) for key, value in (item.split("=") for item in args.shape.split(","))})
     sizes, dice = [int(n) for n in args.lengths.split(",")], torch.Generator().manual_seed(0)
     ids = [
         [torch.randint(config.vocab_size, (n,), generator=dice).int().numpy() for n in sizes] for _ in range(args.pairs)
