@@ -280,7 +280,8 @@ def main() -> None:
     ]:
         print(f"| {name} | {spread([r[name] for r in parts])} |")
     own = [r["head with ε"] - r["head without ε"] for r in parts]
-    print(f"| ε's own work | {spread(own, 4)}, {spread([100 * x / r['seconds'] for x, r in zip(own, parts)], 2)} % |")
+    shares = [100 * x / (r["seconds"] - r["head without ε"]) for x, r in zip(own, parts)]
+    print(f"| ε's own work | {spread(own, 4)}, {spread(shares, 2)} % |")
 
 
 def spread(values: list[float], digits: int = 3) -> str:
