@@ -121,7 +121,7 @@ MUTANTS = [
              "x = x if source is None else x.flatten(0, 1)[source]"),
             ("positions ignored", "cos, sin = rope(self.config, positions[:, -T:])",
              "cos, sin = rope(self.config, torch.arange(positions.shape[1])[None, -T:].expand(positions[:, -T:].shape))"),
-            ("gate and up swapped", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
+            ("gate and up swapped", "lambda gate, up: F.silu(gate) * up", "lambda up, gate: F.silu(gate) * up"),
             ("untied after loading", "model.to_empty(device=device)._tie()", "model.to_empty(device=device)"),
             ("a different head of a tied model passes", "_require(same, f\"{folder}: tie", "_require(True, f\"{folder}: tie"),
             ("file longer than its tensors", "require(base + end == length,", "require(base + end <= length,"),

@@ -208,7 +208,9 @@ def test_step_0_is_exactly_zero_on_the_toy(dtype):
     assert_nothing_has_moved(copy.deepcopy(reference), reference, pairs, dtype, beta=0.5)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=real) for d in ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=real), pytest.param("bfloat16", marks=[real, pytest.mark.slow])]
+)
 def test_step_0_is_exactly_zero_on_a_real_checkpoint(dtype):
     policy, reference = (GPT.from_pretrained(CHECKPOINT) for _ in range(2))
     pairs = pairs_of(id_rows(5, vocab=policy.config.vocab_size, longest=20))
