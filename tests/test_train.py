@@ -209,7 +209,7 @@ def test_step_0_is_exactly_zero_on_the_toy(dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=real), pytest.param("bfloat16", marks=[real, pytest.mark.slow])]
+    "dtype", [pytest.param("float32", marks=real), pytest.param("bfloat16", marks=[*real, pytest.mark.slow])]
 )
 def test_step_0_is_exactly_zero_on_a_real_checkpoint(dtype):
     policy, reference = (GPT.from_pretrained(CHECKPOINT) for _ in range(2))
