@@ -945,7 +945,7 @@ def test_python_train_py_alone(tmp_path):
 @pytest.mark.parametrize(
     "name, dtype",
     [
-        pytest.param("hh-harmless-test.jsonl.gz", "float32", marks=real),
+        pytest.param("hh-harmless-test.jsonl.gz", "float32", marks=[*real, pytest.mark.slow]),
         pytest.param("chat-preferences.jsonl", "float32", marks=real),
     ],
 )
