@@ -347,7 +347,7 @@ RESULTS = ("metrics.jsonl", "checkpoint.pt", "model", "run.svg")
 # Flags that a resumed run may change: they alter neither the data nor the numbers (micro_tokens: their last bits only).
 FREE_ON_RESUME = {
     *("model", "data", "eval_data", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show"),
-    *("resume", "overwrite", "gradient_checkpointing", "cache_reference"),
+    *("resume", "overwrite", "gradient_checkpointing"),
 }
 
 

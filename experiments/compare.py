@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -125,12 +126,23 @@ def method_of(setting: dict, policy: GPT, reference: GPT):
     return Variant(kind, epsilon, step, betas, peer)
 
 
+def kept(file: Path, make: Callable, *args):
+    """What `make(*args)` gives, or gave before: it is kept in `file`, whole or not at all."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(make(*args)))
+        os.replace(partial, file)
+    return json.loads(file.read_text())
+
+
 def run(setting: dict) -> dict:
     """What a run gave: the exact report of its policy, its path of β, what it saw. From the cache if it is there."""
     key = json.dumps(setting, sort_keys=True, ensure_ascii=False)
-    file = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    if file.exists():
-        return json.loads(file.read_text())["result"]
+    return kept(CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json", run_anew, setting)["result"]
+
+
+def run_anew(setting: dict) -> dict:
     if setting["method"] == "table":
         result = of_table(**{name: value for name, value in setting.items() if name not in ("method", "world")})
     else:
@@ -145,9 +157,7 @@ def run(setting: dict) -> dict:
         report = toy.report(world.list_logps(policy), ref_logp, world.reward, setting["beta"])
         result = report._asdict() | {"betas": [line["beta"] for line in lines], "seen": method.seen}
         result["accuracy"] = lines[-1]["rewards/accuracies"]
-    file.with_suffix(f".{os.getpid()}").write_text(json.dumps({"setting": setting, "result": result}))
-    os.replace(file.with_suffix(f".{os.getpid()}"), file)
-    return result
+    return {"setting": setting, "result": result}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,8 @@ the decisions on seen and unseen pairs are taken once more in several precisions
 import argparse
 import contextlib
 import copy
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, row_length
 from epsdpo import TokenStats, beta_steps, linear_token_stats, perturbed_logits, sum_over_responses
-from experiments.compare import RESULTS, show, write
+from experiments.compare import RESULTS, kept, show, write
 from model import GPT, Config
 from train import EpsDPO, Flags, evaluate, learning_rate, train
 
@@ -69,16 +67,6 @@ def textbook(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Token
     of = [perturbed_logits(policy_logits, ref_logits, s).log_softmax(-1) for s in (0.0, EPSILON, -EPSILON, -1.0)]
     logp, minus, plus, ref = (x.gather(-1, labels[:, None]).squeeze(-1) for x in of)
     return TokenStats(logp, ref, minus - logp, plus - logp, torch.zeros_like(logp))
-
-
-def kept(file: Path, make: Callable, *args):
-    """What `make(*args)` gives, or gave before: it is kept in `file`."""
-    if not file.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(make(*args), ensure_ascii=False))
-        partial.replace(file)
-    return json.loads(file.read_text())
 
 
 @torch.no_grad()
@@ -164,14 +152,11 @@ def on_the_grid(model: GPT, learning_rates: list[float]) -> list[dict]:
     Weights that are exact in 16 bits, as a checkpoint's are, round back to themselves until then.
     """
     sizes, rows = torch.cat([p.detach().flatten().abs() for n, p in model.named_parameters() if "proj" in n]), []
+    median, powers = float(sizes.median()), sizes.log2().floor().exp2()
     for step in LOOKS:
-        row = {
-            "step": step,
-            "median weight": float(sizes.median()),
-            "sum of learning rates": sum(learning_rates[:step]),
-        }
+        row = {"step": step, "median weight": median, "sum of learning rates": sum(learning_rates[:step])}
         for name in ("float16", "bfloat16"):
-            half = torch.finfo(FORMATS[name]).eps / 2 * sizes.log2().floor().exp2()
+            half = torch.finfo(FORMATS[name]).eps / 2 * powers
             row[name] = float((half < row["sum of learning rates"]).double().mean())
         rows.append(row)
     return rows

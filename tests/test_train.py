@@ -498,6 +498,26 @@ def test_float16_gradients_neither_vanish_nor_overflow(beta, kind, monkeypatch):
     assert len(scales) == 2 if kind is train.EpsDPO else 7 > len(scales) > 2 and scales[2] == scales[1] / 16
 
 
+@pytest.mark.parametrize("what, tries", [("gradient", 6), ("loss", 1)])
+def test_what_no_loss_scale_can_mend_is_an_error_before_the_optimizer_step(what, tries, monkeypatch):
+    calls, accumulate, loss = [], train.accumulate, train.EpsDPO.loss
+    monkeypatch.setattr(train, "accumulate", lambda *args: calls.append(1) or accumulate(*args))
+    policy, reference = two_models()
+    before = copy.deepcopy(policy)
+    if what == "gradient":
+        policy.model.norm.weight.register_hook(lambda g: torch.full_like(g, math.inf))
+    else:
+
+        def spoiled(self, *args):
+            out = loss(self, *args)
+            return out._replace(losses=out.losses * math.inf)
+
+        monkeypatch.setattr(train.EpsDPO, "loss", spoiled)
+    with pytest.raises(ValueError, match=r"step 1, rows ids:\d.*float16 overflows above 65504"):
+        train.train(policy, reference, pairs_of(id_rows(4)), flags_of(dtype="float16"))
+    assert len(calls) == tries and same_bits(policy, before)
+
+
 def test_a_loss_scale_is_a_float32_whatever_beta_is():
     for beta in (1e-320, 1e-3, 1e300):
         scales = train.loss_scales("float16", 64 / beta)
@@ -1111,10 +1131,12 @@ def test_a_cached_reference_of_other_hidden_states_is_counted_after_the_model_is
         assert code == 2 and named in err and str(bad) in err, err
 
 
-def test_a_run_with_a_cached_reference_resumes_to_the_bit(folder, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_run_with_a_cached_reference_resumes_to_the_bit(dtype, folder, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl", id_rows(20))
     argv = ["--model", folder / "model", "--data", data, "--batch-size", "4", "--lr", "1e-2", "--eval-size", "4"]
-    argv = [str(x) for x in [*argv, "--save-every", "2", "--cache-reference", tmp_path / "cache"]]
+    argv += ["--dtype", dtype, "--save-every", "2", "--cache-reference", tmp_path / "cache"]
+    argv = [str(x) for x in argv]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train.main([*argv, "--out", str(one)]) == 0
     # The second run goes back to its second step, as a kill would leave it, and makes the reference's file anew, elsewhere.
