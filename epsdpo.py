@@ -175,18 +175,18 @@ def linear_token_stats(
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """Recomputes each chunk's logits in backward and adds into one (V, D) gradient, so logits never pile up."""
+    """Recomputes logits in backward, but the last chunk's, and adds into one (V, D) gradient: logits never pile up."""
 
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
         ctx.save_for_backward(hidden, weight, labels)
         ctx.chunk_size, ctx.dtype = chunk_size, _common_dtype(hidden, weight, ref_hidden, ref_weight)
         w, ref_w = weight.to(ctx.dtype), ref_weight.to(ctx.dtype)
+        chunks = []
         with _no_autocast(hidden):
-            chunks = [
-                _chunk_stats(h.to(ctx.dtype) @ w.T, r.to(ctx.dtype) @ ref_w.T, y, epsilon_check)
-                for h, r, y in zip(*(x.split(chunk_size) for x in (hidden, ref_hidden, labels)))
-            ]
+            for h, r, y in zip(*(x.split(chunk_size) for x in (hidden, ref_hidden, labels))):
+                ctx.last_logits = h.to(ctx.dtype) @ w.T  # kept: backward needs them first
+                chunks.append(_chunk_stats(ctx.last_logits, r.to(ctx.dtype) @ ref_w.T, y, epsilon_check))
         stats = tuple(torch.cat(column) for column in zip(*chunks))
         ctx.mark_non_differentiable(*stats[1:])
         return stats
@@ -197,12 +197,15 @@ class _LinearTokenStats(torch.autograd.Function):
         hidden, weight, labels = ctx.saved_tensors
         w, grad = weight.to(ctx.dtype), grad.to(ctx.dtype)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(w)
+        logits, ctx.last_logits = ctx.last_logits, None  # a second backward computes them again
         with _no_autocast(hidden):
-            for start in range(0, len(hidden), ctx.chunk_size):
+            for start in reversed(range(0, len(hidden), ctx.chunk_size)):
                 rows = slice(start, start + ctx.chunk_size)
                 h, g, y = hidden[rows].to(w.dtype), grad[rows, None], labels[rows, None]
+                logits = h @ w.T if logits is None else logits  # (chunk, V)
                 # ∂ logp / ∂ logits = onehot(y) − p, times the gradient that arrives at the token's logp
-                g_logits = (h @ w.T).softmax(-1).mul_(-g).scatter_add_(-1, y, g)  # (chunk, V)
+                g_logits = logits.softmax(-1).mul_(-g).scatter_add_(-1, y, g)
+                logits = None
                 grad_hidden[rows] = g_logits @ w
                 grad_weight.addmm_(g_logits.T, h)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None

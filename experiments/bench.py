@@ -82,16 +82,16 @@ class LogpsAlone(_LinearTokenStats):
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
         ctx.save_for_backward(hidden, weight, labels)
         ctx.chunk_size, ctx.dtype = chunk_size, torch.float32
+
+        def logps(states: Tensor, w: Tensor) -> Tensor:
+            chunks = []
+            for h, y in zip(states.split(chunk_size), labels.split(chunk_size)):
+                ctx.last_logits = h.float() @ w.T
+                chunks.append(ctx.last_logits.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1))
+            return torch.cat(chunks)
+
         with torch.autocast(hidden.device.type, enabled=False):
-            logp, ref_logp = (
-                torch.cat(
-                    [
-                        (h.float() @ w.T).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-                        for h, y in zip(states.split(chunk_size), labels.split(chunk_size))
-                    ]
-                )
-                for states, w in ((hidden, weight), (ref_hidden, ref_weight))
-            )
+            ref_logp, logp = logps(ref_hidden, ref_weight), logps(hidden, weight)  # the policy's are kept
         ctx.mark_non_differentiable(ref_logp)
         return logp, ref_logp
 
@@ -132,6 +132,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     pairs, make = work(args)
     if args.one == "trl":
         return measure_trl(args, pairs)
+    if args.one != "usual":
+        train.keep_freed_memory()
     policy, flags = make(), train.Flags(beta=0.1, micro_tokens=args.micro_tokens, dtype=args.dtype)
     if args.one == "cached":
         flags.cache_reference = tempfile.mkdtemp()

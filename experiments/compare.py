@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 
@@ -304,11 +304,18 @@ def numbers(setting: dict, seed: int, runs: dict[str, dict]) -> dict[str, float]
 
 def row_of(question: int, setting: dict, seeds: range, runs: dict[str, dict]) -> dict:
     """A line of a table: means over the seeds, and their standard errors."""
-    each, row = [numbers(setting, seed, runs) for seed in seeds], dict(setting)
-    for name in COLUMNS[question][0]:
-        values = np.array([x.get(name, np.nan) for x in each])
-        row |= {name: float(values.mean()), f"{name}_se": values.std(ddof=1) / math.sqrt(len(values))}
-    return row
+    each = [numbers(setting, seed, runs) for seed in seeds]
+    return means([setting | {name: x.get(name, math.nan) for name in COLUMNS[question][0]} for x in each], setting)
+
+
+def means(rows: list[dict], same: Collection[str]) -> dict:
+    """Rows of several seeds as one: what is the `same` in all stays, a number becomes its mean and standard error."""
+    found = {name: rows[0][name] for name in same}
+    for name in [name for name in rows[0] if name not in same]:
+        values = np.array([row[name] for row in rows], float)
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        found |= {name: float(values.mean()), f"{name}_se": float(error)}
+    return found
 
 
 def show(rows: list[dict]) -> None:

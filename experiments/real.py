@@ -1,6 +1,6 @@
 """ε-DPO on a real checkpoint: `python -m experiments.real --model DIR --data FILE.jsonl`
 
-Questions 4 and 8 of experiments/README.md. DPO and ε-DPO train on short pairs, in float32; after some steps of one run
+Questions 4 and 8 of experiments/README.md. DPO and ε-DPO train on short pairs, in float32; after some steps of ε-DPO
 the decisions on seen and unseen pairs are taken once more in several precisions. What is finished is kept in out/real.
 """
 
@@ -8,9 +8,9 @@ import argparse
 import contextlib
 import copy
 import math
+import multiprocessing
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, row_length
 from epsdpo import TokenStats, beta_steps, linear_token_stats, perturbed_logits, sum_over_responses
-from experiments.compare import RESULTS, kept, show, write
+from experiments.compare import RESULTS, kept, means, quiet, show, write
 from model import GPT, Config
 from train import EpsDPO, Flags, evaluate, learning_rate, train
 
 CACHE = Path("out/real")
 LENGTH, UNSEEN, SEEN, BATCH, STEPS = 96, 200, 64, 8, 32  # tokens of the longest row; pairs; pairs; pairs; steps
 LOOKS = (1, 8, 32)  # steps after which decisions are compared
+GROUP = ("step", "pairs", "format", "way", "n")  # what a row of question 4's table is about
 BETA, EPSILON, LR = 0.1, 0.02, 1e-5
 FORMATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -106,15 +107,16 @@ def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> li
 class Watched(EpsDPO):
     """ε-DPO that also takes its decisions on `pairs` (by their names) in all formats after the steps in `LOOKS`."""
 
-    def __init__(self, pairs: dict[str, list[Pair]]) -> None:
+    def __init__(self, pairs: dict[str, list[Pair]], seed: int) -> None:
         super().__init__(BETA, EPSILON, EPSILON)
-        self.pairs, self.known, self.steps, self.found = pairs, {}, 0, []
+        self.pairs, self.seed, self.known, self.steps, self.found = pairs, seed, {}, 0, []
 
     def after_step(self, sums, policy, reference):
         super().after_step(sums, policy, reference)
         self.steps += 1
         for name, some in self.pairs.items() if self.steps in LOOKS else ():
-            lines = kept(CACHE / f"{name}-{self.steps}.json", decisions, policy, reference, some, self.known)
+            file = CACHE / f"{name}-{self.seed}-{self.steps}.json"
+            lines = kept(file, decisions, policy, reference, some, self.known)
             self.found += [{"step": self.steps, "pairs": name} | line for line in lines]
 
 
@@ -122,7 +124,7 @@ def summary(found: list[dict]) -> list[dict]:
     """A line for each step, set of pairs, format and way."""
     groups, rows = defaultdict(list), []
     for line in found:
-        groups[tuple(line[key] for key in ("step", "pairs", "format", "way"))].append(line)
+        groups[tuple(line[key] for key in GROUP[:4])].append(line)
     for (step, pairs, name, way), lines in groups.items():
         truth = groups[step, pairs, "float64", "increments"]
         (minus, plus, longer), (true_minus, true_plus, _) = (
@@ -131,9 +133,9 @@ def summary(found: list[dict]) -> list[dict]:
         )
         right, true = beta_steps(minus, plus), beta_steps(true_minus, true_plus)
         slope = float(minus @ true_minus / (true_minus @ true_minus))  # rounded weights lose a part of every update
-        error, n, share = minus - slope * true_minus, len(true), float((right == true).double().mean())
-        row = {"step": step, "pairs": pairs, "format": name, "way": way, "n": n, "agree": share}
-        row |= {"agree_se": math.sqrt(share * (1 - share) / n), "lower": int((right > 0).sum())}
+        error = minus - slope * true_minus
+        row = dict(zip(GROUP, (step, pairs, name, way, len(true))))
+        row |= {"agree": float((right == true).double().mean()), "lower": int((right > 0).sum())}
         row |= {"keep": int((right == 0).sum()), "raise": int((right < 0).sum())}
         for key, x in (("step and length", right), ("error and length", error), ("Δ and true Δ", minus)):
             other = true_minus if key == "Δ and true Δ" else longer
@@ -188,9 +190,7 @@ def run(name: str, seed: int, model: str, pairs: list[Pair], unseen: list[Pair])
     flags = Flags(beta=BETA, epsilon=EPSILON, lr=LR, batch_size=BATCH, steps=STEPS, micro_tokens=512, seed=seed)
     # the pairs of the first steps, in `train`'s order
     seen = [pairs[i] for i in epoch_order(len(pairs), seed, 0)[:SEEN]]
-    method = EpsDPO(BETA, EPSILON, EPSILON if name == "ε-DPO" else 0.0)
-    if name == "ε-DPO" and seed == 0:
-        method = Watched({"unseen": unseen, "seen": seen})
+    method = Watched({"unseen": unseen, "seen": seen}, seed) if name == "ε-DPO" else EpsDPO(BETA, EPSILON, 0.0)
     lines = train(policy, reference, pairs, flags, method)
     held = evaluate(policy, reference, unseen, method, flags)
     result = {"β": method.beta, "accuracy": held["eval/rewards/accuracies"], "KL": held["eval/kl"]}
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.real", description=__doc__.split("`")[0])
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="preference files")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N")
     args = parser.parse_args()
     asked = [args.model, args.data, LENGTH, UNSEEN, SEEN, BATCH, STEPS, LOOKS, BETA, EPSILON, LR]
     if (before := kept(CACHE / "settings.json", repr, asked)) != repr(asked):
@@ -213,22 +213,18 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(pairs))
     unseen, pairs = [pairs[i] for i in order[:UNSEEN]], [pairs[i] for i in order[UNSEEN:]]
     print(f"{len(pairs)} pairs of at most {LENGTH} tokens to train on, {len(unseen)} held out")
-    rows = []
-    for name in ("ε-DPO", "DPO"):
-        results = [
-            kept(CACHE / f"{name}-{seed}.json", run, name, seed, args.model, pairs, unseen)
-            for seed in range(args.seeds)
-        ]
-        row = {"method": name}
-        for key in [key for key in results[0] if key != "found"]:
-            values = [result[key] for result in results]
-            row |= {
-                key: mean(values),
-                f"{key}_se": stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan,
-            }
-        rows.append(row)
+    rows, done = [], {}
+    with multiprocessing.get_context("spawn").Pool(2, quiet) as pool:
+        for name in ("ε-DPO", "DPO"):
+            files = [(CACHE / f"{name}-{seed}.json", run, name, seed) for seed in range(args.seeds)]
+            done[name] = pool.starmap_async(kept, [(*x, args.model, pairs, unseen) for x in files], chunksize=1)
+        done = {name: results.get() for name, results in done.items()}
+    for name, results in done.items():
+        looks = [summary(result.pop("found")) for result in results]
+        rows.append(means([{"method": name} | result for result in results], ["method"]))
         if name == "ε-DPO":
-            write(found := summary(results[0]["found"]), RESULTS / "question4.csv")
+            found = [means(row_of_seeds, GROUP) for row_of_seeds in zip(*looks)]
+            write(found, RESULTS / "question4.csv")
             with contextlib.suppress(ImportError):
                 draw(found, RESULTS / "question4.svg")
             show(found)

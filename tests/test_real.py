@@ -1,5 +1,7 @@
 """experiments/real.py: its 16-bit formats against torch's own autocast, its textbook way and its table by hand."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,10 +79,18 @@ def test_the_table_in_numbers():
     ]
     row = real.summary(lines)[1]
     assert (row["agree"], row["lower"], row["keep"], row["raise"]) == (0.75, 2, 0, 2)
-    assert row["agree_se"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
     assert row["slope"] == pytest.approx((2 + 8 + 8 - 2) / 10)
     residual = [2 - 1.6, 4 - 3.2, -4 + 3.2, -2 - 1.6]
     assert row["noise / signal"] == pytest.approx((sum(x * x for x in residual) / (1.6**2 * 10)) ** 0.5)
+
+
+def test_rows_of_seeds_become_means_and_standard_errors():
+    rows = [{"pairs": "seen", "n": 4, "agree": x, "nothing": math.nan} for x in (0.5, 0.75, 1.0)]
+    found = real.means(rows, ("pairs", "n"))
+    assert list(found) == ["pairs", "n", "agree", "agree_se", "nothing", "nothing_se"]
+    assert (found["pairs"], found["n"], found["agree"]) == ("seen", 4, 0.75) and math.isnan(found["nothing"])
+    assert found["agree_se"] == pytest.approx(0.25 / 3**0.5)
+    assert math.isnan(real.means(rows[:1], ("pairs", "n"))["agree_se"])  # one seed has no spread
 
 
 def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path, monkeypatch):
