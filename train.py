@@ -832,7 +832,7 @@ def leave_results(policy: GPT, lines: list[dict[str, float]], out: Path) -> None
 def keep_freed_memory() -> None:
     """On a CPU, keep what a step frees for the next one, and take large pages: new memory costs a tenth of a step.
 
-    Both are hints, to torch and to glibc's malloc; where they are not understood nothing happens.
+    Hints to torch and to glibc's malloc; where they are not understood nothing happens.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(AttributeError, OSError):

@@ -580,6 +580,29 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
     assert 10 * 50 <= largest.size <= 200 * 4, "logits are (chunk, V); hidden states and weights are smaller here"
 
 
+class _Logits(TorchDispatchMode):
+    """How many matmuls gave back rows as wide as the vocabulary."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten.mm.default and out.shape[1] == 50
+        return out
+
+
+def test_backward_computes_again_the_logits_of_all_chunks_but_the_last():
+    hidden, weight, ref_hidden, ref_weight, labels = linear_inputs(0, m=25, vocab=50, width=3, dtype=torch.float32)
+    with _Logits() as forward:
+        logp = epsdpo.linear_token_stats(hidden, weight, ref_hidden, ref_weight, labels, 0.1, 10).logp
+    with _Logits() as backward:
+        once = torch.autograd.grad(logp.sum(), [hidden, weight], retain_graph=True)
+    with _Logits() as anew:
+        twice = torch.autograd.grad(logp.sum(), [hidden, weight])
+    assert (forward.count, backward.count, anew.count) == (6, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice))
+
+
 @examples(15)
 @given(st.integers(0, 10**6), st.permutations(range(4)))
 def test_permuting_pairs_permutes_their_numbers(seed, order):

@@ -111,6 +111,21 @@ def test_the_gradient_of_two_processes_is_that_of_one(model, folder, tmp_path):
     assert ("lm_head.weight" in names) == (model == "model")
 
 
+def test_a_float16_overflow_in_one_process_is_tried_again_by_both(folder, tmp_path):
+    scales = (  # the second process's first gradient overflows
+        "train.loss_scales = lambda *_: [2.0 ** (100 if os.environ.get('RANK') == '1' else 10), 2.0**10]\n"
+        "count, train.accumulate = train.accumulate, lambda *a: print('once') or count(*a)\n"
+    )
+    logs = {}
+    for name, start in {"one": one, "two": two}.items():
+        argv = argv_of(folder, tmp_path / name, "--steps", 1, "--batch-size", 9, "--clip", 1e9, "--dtype", "float16")
+        logs[name] = start(argv, tmp_path, scales + GRADIENTS.replace("FILE", str(tmp_path / f"{name}.pt")))
+    assert logs["two"][0].count("once") == logs["one"].count("once") + 1  # and two evaluations, if any
+    found, wanted = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two", "one"))
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-2 * float(b.abs().max()))
+
+
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 RUNS = {  # options, and what is hard about them

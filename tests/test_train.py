@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import math
 import os
@@ -434,6 +435,12 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_bit(dtype):
         found.append((policy, [line["loss"] for line in lines], calls))
     assert same_bits(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert found[1][2]["layer 0"] == 2 * found[0][2]["layer 0"] and found[1][2]["model"] == found[0][2]["model"]
+
+
+def test_where_malloc_is_another_nothing_happens(monkeypatch):
+    for other in (lambda _: object(), ctypes.CDLL):
+        monkeypatch.setattr(train.ctypes, "CDLL", other)
+        train.keep_freed_memory()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
