@@ -365,7 +365,7 @@ class Rows(NamedTuple):
 
     def spread(self, x: Tensor) -> Tensor:  # (N, ...) -> (B, T, ...), zero at pads
         if self.places is not None:
-            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.places, x)
+            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_put((self.places,), x)
         return x.unflatten(0, self.shape)
 
     def gather(self, x: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
@@ -373,7 +373,10 @@ class Rows(NamedTuple):
 
 
 def again(f: Callable, *inputs: Tensor) -> Tensor:
-    """`f(*inputs)`, done again in backward in place of keeping what is inside: for cheap work on large tensors."""
+    """`f(*inputs)`, done again in backward in place of keeping what is inside: for cheap work on large tensors.
+
+    A linear layer at its end is not: torch stops as soon as all that backward needs is there, here the layer's input.
+    """
     if not torch.is_grad_enabled():
         return f(*inputs)
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -413,7 +416,7 @@ class Attention(nn.Module):
             k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else [k, v]
         k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # (B, heads, T, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(rows.gather(y.transpose(1, 2)).flatten(1))  # (N, D)
+        return again(lambda y: self.o_proj(rows.gather(y.transpose(1, 2)).flatten(1)), y)  # (N, D)
 
 
 class MLP(nn.Module):
@@ -424,7 +427,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(again(lambda gate, up: F.silu(gate) * up, self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return again(lambda gate, up: self.down_proj(F.silu(gate) * up), gate, up)
 
 
 class Layer(nn.Module):

@@ -235,7 +235,10 @@ class CachedReference(torch.nn.Module):
         file = folder / f"reference-{name.hexdigest()[:16]}.f32"
         counts = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
         size = 4 * sum(counts) * width
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--cache-reference {folder}: no folder can be made there: {e}") from e
         if not file.exists():
             if (room := shutil.disk_usage(folder).free) < size:
                 raise ValueError(f"--cache-reference {folder}: has {room / 1e9:.1f} GB left, needs {size / 1e9:.1f} GB")
@@ -269,14 +272,6 @@ class CachedReference(torch.nn.Module):
         keys = (self.key(ids[part >= 0], int((part == 0).sum()), int((part == 1).sum())) for ids, part in rows)
         states = np.concatenate([self.states[self.places[key]] for key in keys])  # (M, D)
         return head(torch.from_numpy(states).to(tokens.device), self.weight)
-
-
-@torch.no_grad()
-def decisions(policy: GPT, reference: GPT | CachedReference, pairs: Sequence[Pair], flags: Flags) -> Tensor:
-    """The step of every pair, (len(pairs),), in the order of `my_share`."""
-    micros = (collate(group).to(next(policy.parameters()).device) for group in my_share(pairs, flags.micro_tokens))
-    sums = (compare(policy, reference, micro, flags.epsilon_check, flags.dtype) for micro in micros)
-    return torch.cat([epsdpo_loss(*both, flags.beta, flags.epsilon_step).step for both in sums])
 
 
 def totals(out: EpsDPOLoss, chosen: TokenStats, rejected: TokenStats, batch: Batch, beta: float) -> dict[str, Tensor]:
@@ -484,14 +479,10 @@ def loss_scales(dtype: str, ideal: float) -> list[float]:
     return [2.0 ** (start - 4 * i) for i in range(6)] if dtype == "float16" else [1.0]
 
 
-def accumulate(
-    policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDPO, flags: Flags, scale: float = 1.0
-) -> list[dict]:
-    """Add the gradient of the mean loss over an effective batch, times `scale`; returns what `add_up` adds up.
-
-    Raises ValueError naming the rows of a micro-batch whose logits are not finite.
-    """
-    parts, world = [], rank_and_world()[1]
+def each_micro(
+    policy: GPT, reference: GPT | CachedReference, batch: Sequence[Pair], method: EpsDPO, flags: Flags
+) -> Iterator[tuple[EpsDPOLoss, TokenStats, TokenStats, Batch]]:
+    """What `totals` takes, of each of this process's micro-batches. ValueError names rows with logits not finite."""
     for group in my_share(batch, flags.micro_tokens):
         micro = collate(group).to(next(policy.parameters()).device)
         try:
@@ -499,11 +490,27 @@ def accumulate(
             result = method.loss(chosen, rejected, micro)
         except ValueError as e:
             raise ValueError(f"rows {rows(group)}: {e}") from e
+        yield result, chosen, rejected, micro
+
+
+def accumulate(
+    policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDPO, flags: Flags, scale: float = 1.0
+) -> list[dict]:
+    """Add the gradient of the mean loss over an effective batch, times `scale`; returns what `add_up` adds up."""
+    parts = []
+    for result, *rest in each_micro(policy, reference, batch, method, flags):
         if torch.is_grad_enabled():
             # FSDP averages gradients over the processes: sum · world / pairs makes that the mean over all pairs.
-            (result.losses.sum() * (scale * world / len(batch))).backward()
-        parts.append(totals(result, chosen, rejected, micro, method.beta))
+            (result.losses.sum() * (scale * rank_and_world()[1] / len(batch))).backward()
+        parts.append(totals(result, *rest, method.beta))
     return parts
+
+
+@torch.no_grad()
+def decisions(policy: GPT, reference: GPT | CachedReference, pairs: Sequence[Pair], flags: Flags) -> Tensor:
+    """The step of every pair, (len(pairs),), in the order of `my_share`."""
+    method = EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
+    return torch.cat([result.step for result, *_ in each_micro(policy, reference, pairs, method, flags)])
 
 
 @torch.no_grad()
@@ -710,13 +717,8 @@ def toy_job(flags: Flags, device: torch.device) -> None:
 def real_job(flags: Flags, device: torch.device) -> None:
     """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
     out, folder = Path(flags.out), Path(flags.model)
-    if flags.cache_reference:
-        if rank_and_world()[1] > 1:
-            raise ValueError("--cache-reference is for one process")
-        try:
-            Path(flags.cache_reference).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ValueError(f"--cache-reference {flags.cache_reference}: no folder can be made there: {e}") from e
+    if flags.cache_reference and rank_and_world()[1] > 1:
+        raise ValueError("--cache-reference is for one process")
     config = Config.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if tokenizer and flags.resume and (out / "flags.json").exists():  # templates may write the date: that of the start
@@ -776,7 +778,7 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
     # Numbers of 4 bytes: the policy's weights, gradient and two moments and the reference's weights; with more than one
     # process embeddings and heads whole (policy's, gradient, reference's); what backward needs; a chunk of the head.
-    layer, table = 12 * c.hidden_size + 3 * c.intermediate_size, c.vocab_size * c.hidden_size
+    layer, table = 9 * c.hidden_size + 2 * c.intermediate_size, c.vocab_size * c.hidden_size
     kept = (
         layer * c.num_hidden_layers if not flags.gradient_checkpointing else layer + c.hidden_size * c.num_hidden_layers
     )
