@@ -489,8 +489,10 @@ def test_rendering_is_that_of_transformers(with_template, name):
     transformers = pytest.importorskip("transformers")
     ours = with_template(TEMPLATES[name], config={**NAMED, "pad_token": PAD})
     theirs = transformers.AutoTokenizer.from_pretrained(ours.folder)
-    rendered = 0
+    rendered, newest = 0, tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     for messages in DIALOGUES:
+        if not newest and any(message["content"] is None or "reasoning" in message for message in messages):
+            continue  # both are rendered otherwise by 5.20, the last version for Python 3.10
         for add in (False, True):
             before = json.dumps(messages)
             try:
