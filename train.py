@@ -860,6 +860,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"--device {flags.device}: {str(e).splitlines()[0]}") from e
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+            if name == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+                raise ValueError(
+                    f"FSDP2 of torch {torch.__version__} runs on GPUs alone: one process, or a newer torch"
+                )
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
             if name == "cuda":
                 name = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -863,6 +863,13 @@ def test_show_prints_pairs_and_stops(folder, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_torch_whose_fsdp_needs_gpus_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cpu, "Stream", object)
+    code, err = ended(["--device", "cpu"], capsys)
+    assert code == 2 and f"torch {torch.__version__} runs on GPUs alone" in err
+
+
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
