@@ -776,13 +776,14 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     started = time.perf_counter()
     (a @ a @ a @ a).sum().item()
     rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
-    # Numbers of 4 bytes: the policy's weights, gradient and two moments and the reference's weights; with more than one
-    # process embeddings and heads whole (policy's, gradient, reference's); what backward needs; a chunk of the head.
+    # Numbers of 4 bytes: the policy's weights, gradient and two moments and the reference's weights; two gradients of a
+    # table on their way to it, with more than one process embeddings and heads whole (policy's, gradient, reference's);
+    # what backward needs; a chunk of the head.
     layer, table = 9 * c.hidden_size + 2 * c.intermediate_size, c.vocab_size * c.hidden_size
     kept = (
         layer * c.num_hidden_layers if not flags.gradient_checkpointing else layer + c.hidden_size * c.num_hidden_layers
     )
-    whole = (3 if c.tie_word_embeddings else 6) * table * (world > 1)
+    whole = (2 if world == 1 else 3 if c.tie_word_embeddings else 6) * table
     memory = 4e-9 * (
         (4 * count(policy) + (table if flags.cache_reference else count(policy))) / world
         + whole
