@@ -1186,4 +1186,4 @@ def test_backward_keeps_no_more_than_the_forecast_counts():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(batch.tokens, batch.positions, batch.segments, batch.source)
     numbers = sum(size for _, size in kept.values()) / (int((batch.segments >= 0).sum()) * c.num_hidden_layers)
-    assert 0.95 < numbers / (9 * c.hidden_size + 2 * c.intermediate_size) < 1.05, numbers
+    assert 0.97 < numbers / (9 * c.hidden_size + 2 * c.intermediate_size) <= 1.0, numbers
