@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, INDEX, KEYS, SINGLE, Config, load_safetensors, rope, rotate, save_safetensors, visible
 from tests.checkpoints import (
@@ -307,6 +308,30 @@ def test_autocast_and_rounded_models_in_every_family(variant, dtype, folder_of):
     rounded = GPT.from_pretrained(folder_of(variant), dtype)(*packed)
     assert found.dtype == torch.float32 and rounded.dtype == dtype
     assert far(found, wanted) < 0.3 and far(rounded.float(), wanted) < 0.3
+
+
+class _Matmuls(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_what_backward_computes_again_holds_no_matmul(variant, folder_of):
+    """A layer's seven products each take one matmul forward and two backward; checkpointing does six of them again."""
+    (tokens, positions, segments), _ = pair_row()
+    model = GPT.from_pretrained(folder_of(variant))
+    layers = model.config.num_hidden_layers
+    source = (segments > 0).flatten().nonzero().squeeze(-1)
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        with _Matmuls() as forward:
+            hidden = model(tokens, positions, segments, source)
+        with _Matmuls() as backward:
+            hidden.square().mean().backward()
+        assert (forward.count, backward.count) == (7 * layers, (20 if checkpointing else 14) * layers)
 
 
 @torch.no_grad()
