@@ -57,6 +57,9 @@ from model import GPT, Config, replace_file
 # Flags
 
 
+POSITIVE = ("batch_size", "epochs", "steps", "micro_tokens")  # flags of integers that cannot be 0
+
+
 @dataclass
 class Flags:
     """Every flag of the command line; the comment behind a field is its help, [toy | real] its default."""
@@ -105,6 +108,8 @@ class Flags:
             self.max_prompt_length = self.max_length // 2
         self.epsilon_check = self.epsilon if self.epsilon_check is None else self.epsilon_check
         self.epsilon_step = self.epsilon if self.epsilon_step is None else self.epsilon_step
+        integers = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.type.startswith("int")]
+        integers = [(name, n, int(name in POSITIVE)) for name, n in integers if n is not None]
         for name, ok, expected in (
             ("model", bool(self.model) == bool(self.data), "--model and --data come together"),
             ("eval_data", real or not self.eval_data, "goes with --model and --data"),
@@ -117,27 +122,15 @@ class Flags:
             ("epsilon_step", 0 <= self.epsilon_step <= 0.5, "a number in [0, 0.5]"),
             ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
             ("warmup", 0 <= self.warmup <= 1, "a share, from 0 to 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("steps", self.steps is None or self.steps >= 1, "at least 1"),
-            ("micro_tokens", self.micro_tokens >= 1, "at least 1"),
             ("clip", self.clip > 0, "a number above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number, at least 0"),
             ("max_length", self.max_length >= 2, "at least 2: a token of the prompt and one of a response"),
             ("max_prompt_length", 0 < self.max_prompt_length < self.max_length, "at least 1, below --max-length"),
             ("dtype", self.dtype in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
             ("resume", not (self.resume and self.overwrite), "either --resume or --overwrite"),
-            *(
-                (name, getattr(self, name) >= 0, "at least 0")
-                for name in ("eval_size", "eval_every", "save_every", "samples", "seed")
-            ),
-            ("show", self.show >= 0, "at least 0"),
             ("eval_size", real or self.eval_size <= 10**6, "at most a million for the toy"),
-            *(
-                (f.name, (getattr(self, f.name) or 0) < 2**63, "at most 2**63 - 1")
-                for f in dataclasses.fields(self)
-                if f.type.startswith("int")
-            ),
+            *((name, n >= least, f"at least {least}") for name, n, least in integers),
+            *((name, n < 2**63, "at most 2**63 - 1") for name, n, _ in integers),
         ):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {expected}")
@@ -524,6 +517,28 @@ def evaluate(policy: GPT, reference: GPT, pairs: Sequence[Pair], method: EpsDPO,
     return {f"eval/{name}": value for name, value in means.items()} | {"eval/pairs": n}
 
 
+def gradient(
+    policy: GPT, reference: GPT, batch: Sequence[Pair], method: EpsDPO, flags: Flags, asked: Sequence[int]
+) -> tuple[dict[str, float], float, dict[str, float]]:
+    """Leave the clipped gradient of an effective batch's mean loss in `policy`. Raises ValueError if it is not finite.
+
+    Returns sums over the pairs, whether a process was `asked` to stop, the gradient's norm and float16's loss scale.
+    """
+    for scale in loss_scales(flags.dtype, len(batch) / method.beta):
+        sums, stopping = add_up(accumulate(policy, reference, batch, method, flags, scale), len(asked))
+        for p in policy.parameters() if scale != 1 else ():
+            p.grad /= scale
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(norm) or not math.isfinite(sums["loss"]):
+            break
+        policy.zero_grad()
+    if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
+        said = f"rows {rows(batch)}: the loss is {sums['loss'] / len(batch)}, the gradient's norm {norm}"
+        raise ValueError(said + " (float16 overflows above 65504)" * (flags.dtype == "float16"))
+    return sums, stopping, {"grad_norm": norm} | ({"loss_scale": scale} if flags.dtype == "float16" else {})
+
+
 def train(
     policy: GPT,
     reference: GPT,
@@ -567,15 +582,9 @@ def train(
 
     def evaluated(step: int) -> None:
         if eval_pairs:
-            write(step, line := evaluate(policy, reference, eval_pairs, method, flags))
-            numbers = (
-                line[f"eval/rewards/{name}"] for name in ("accuracies", "accuracies_se", "margins", "margins_se")
-            )
-            text = "accuracy {:.3f} ± {:.3f}, reward margin {:.4f} ± {:.4f}".format(*numbers)
+            write(step, evaluate(policy, reference, eval_pairs, method, flags))
             if rank == 0:
-                print(
-                    f"step {step}, {len(eval_pairs)} held-out pairs: {text}, loss {line['eval/loss']:.4f}", flush=True
-                )
+                print(EVAL_LINE.format_map(lines[-1]), flush=True)
 
     bar = tqdm(range(done, steps), "train", steps, False, initial=done, unit="step", disable=rank != 0)
     with file or contextlib.nullcontext(), bar, stop_signal() as asked:
@@ -588,19 +597,8 @@ def train(
                 epoch, place = divmod(step, steps_per_epoch)
                 order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
                 batch = [pairs[i] for i in order]
-                for scale in loss_scales(flags.dtype, len(batch) / method.beta):
-                    sums, stopping = add_up(accumulate(policy, reference, batch, method, flags, scale), len(asked))
-                    for p in policy.parameters() if scale != 1 else ():
-                        p.grad /= scale
-                    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.clip)
-                    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-                    if math.isfinite(norm) or not math.isfinite(sums["loss"]):
-                        break
-                    optimizer.zero_grad()
-                if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
-                    said = f"rows {rows(batch)}: the loss is {sums['loss'] / len(batch)}, the gradient's norm {norm}"
-                    raise ValueError(said + " (float16 overflows above 65504)" * (flags.dtype == "float16"))
-                if step == 0 and norm == 0:
+                sums, stopping, of_gradient = gradient(policy, reference, batch, method, flags, asked)
+                if step == 0 and of_gradient["grad_norm"] == 0:
                     tqdm.write(NOTHING_TO_LEARN)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, flags)
@@ -611,14 +609,11 @@ def train(
 
                 del sums["margin_squares"]
                 seconds, tokens = time.perf_counter() - started, sum(map(row_length, batch))
-                line = {"epoch": (step + 1) / steps_per_epoch, "learning_rate": group["lr"], "grad_norm": norm}
+                line = {"epoch": (step + 1) / steps_per_epoch, "learning_rate": group["lr"]} | of_gradient
                 line |= {"beta": beta} | {name: value / len(batch) for name, value in sums.items()}
                 line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-                if flags.dtype == "float16":
-                    line["loss_scale"] = scale
                 write(step + 1, line | {"memory_gb": memory_gb(device)})
-                shown = (line["loss"], beta, line["rewards/accuracies"], tokens / seconds, memory_gb(device))
-                bar.set_postfix_str("loss {:.4f} β {:.4g} accuracy {:.2f} {:.0f} tok/s {:.1f} GB".format(*shown))
+                bar.set_postfix_str(STEP_LINE.format_map(lines[-1]))
                 if not beta_left and not flags.beta / 100 <= method.beta <= 100 * flags.beta:
                     beta_left = True
                     tqdm.write(f"warning: β went from {flags.beta:g} to {method.beta:.3g}: choose a smaller --epsilon")
@@ -637,6 +632,14 @@ def train(
     return lines
 
 
+STEP_LINE = (  # what the progress bar shows of a line of metrics
+    "loss {loss:.4f} β {beta:.4g} accuracy {rewards/accuracies:.2f} {tokens_per_second:.0f} tok/s {memory_gb:.1f} GB"
+)
+EVAL_LINE = (
+    "step {step}, {eval/pairs} held-out pairs: "
+    "accuracy {eval/rewards/accuracies:.3f} ± {eval/rewards/accuracies_se:.3f}, "
+    "reward margin {eval/rewards/margins:.4f} ± {eval/rewards/margins_se:.4f}, loss {eval/loss:.4f}"
+)
 NOTHING_TO_LEARN = (
     "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it share its "
     "weights with the reference, are the two answers of every pair equal?"
@@ -780,17 +783,12 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     # table on their way to it, with more than one process embeddings and heads whole (policy's, gradient, reference's);
     # what backward needs; a chunk of the head.
     layer, table = 9 * c.hidden_size + 2 * c.intermediate_size, c.vocab_size * c.hidden_size
-    kept = (
-        layer * c.num_hidden_layers if not flags.gradient_checkpointing else layer + c.hidden_size * c.num_hidden_layers
-    )
+    layers, parameters = c.num_hidden_layers, count(policy)
+    kept = layer + layers * c.hidden_size if flags.gradient_checkpointing else layers * layer
     whole = (2 if world == 1 else 3 if c.tie_word_embeddings else 6) * table
-    memory = 4e-9 * (
-        (4 * count(policy) + (table if flags.cache_reference else count(policy))) / world
-        + whole
-        + kept * max(flags.micro_tokens, row)
-        + 1024 * c.vocab_size
-    )
-    hours = 8 * count(policy) * tokens / rate / 3600 / world
+    shared = 4 * parameters + (table if flags.cache_reference else parameters)
+    memory = 4e-9 * (shared / world + whole + kept * max(flags.micro_tokens, row) + 1024 * c.vocab_size)
+    hours = 8 * parameters * tokens / rate / 3600 / world
     return (
         f"{steps:,} steps of {flags.batch_size} pairs, about {tokens:,} tokens; roughly {memory:.1f} GB on each "
         f"device and {hours:.1f} hours, from {rate / 1e9:.0f} GFLOP/s of a float32 matmul here"
@@ -815,16 +813,10 @@ def leave_results(policy: GPT, lines: list[dict[str, float]], out: Path) -> None
         from matplotlib.figure import Figure
 
         lines = [line for line in lines if "loss" in line]
-        panels = (
-            ("loss",),
-            ("beta",),
-            ("steps/lower", "steps/raise", "steps/uncertain"),
-            ("rewards/margins",),
-            ("kl",),
-        )
+        panels = "loss", "beta", "steps/lower steps/raise steps/uncertain", "rewards/margins", "kl"
         figure = Figure(figsize=(15, 3), layout="constrained")
         for axes, names in zip(figure.subplots(1, len(panels)), panels):
-            for name in names:
+            for name in names.split():
                 axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name, linewidth=1)
             axes.set_xlabel("optimizer step")
             axes.legend(frameon=False)

@@ -154,7 +154,7 @@ MUTANTS = [
             ("next β in the log", "line |= {\"beta\": beta} |", "line |= {\"beta\": method.beta} |"),
             ("not finite is stepped on", "if not (math.isfinite(sums[\"loss\"]) and math.isfinite(norm)):", "if False:"),
             ("gradients pile up", "optimizer.step()\n                optimizer.zero_grad()", "optimizer.step()"),
-            ("gradients that overflowed stay", "break\n                    optimizer.zero_grad()", "break"),
+            ("gradients that overflowed stay", "break\n        policy.zero_grad()", "break"),
             ("float16 gradients stay scaled", "p.grad /= scale", "pass"),
             ("float16 gradients vanish", "2.0 ** (start - 4 * i)", "2.0 ** (-4 * i)"),
             ("a cache for all dtypes", "{hash_of_ids(pairs)} {flags.dtype}", "{hash_of_ids(pairs)}"),
