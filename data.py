@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,8 @@ MAX_STEPS = 2 * 10**6  # lines of it that run for one dialogue: seconds
 MAX_DETAIL = 2000  # characters of an error
 FIELDS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
-TURN = "\n\nAssistant:"  # what answers follow in dialogues written as plain text
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follow in dialogues written as plain text
 MARK = "Xq7AnswerXq7"  # an answer, where only what the template writes behind it is of interest
 
 
@@ -126,6 +127,24 @@ def normal(message: dict) -> dict:
     return {"thinking": message[names[0]], **message, "reasoning_content": message[names[0]]} if names else message
 
 
+def tokens_of(config: dict) -> tuple[dict[str, dict], list[dict], list[dict]]:
+    """The tokens that a tokenizer_config.json names, lists with their flags, and adds, each as tokenizers.AddedToken's
+    arguments; found where transformers finds them."""
+
+    def token(found: str | dict) -> dict:
+        found = found if isinstance(found, dict) else {"content": found}
+        return {"special": True} | {key: value for key, value in found.items() if key not in ("__type", "id")}
+
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    named = {k: v for k, v in config.items() if k in NAMES or k.endswith("_token") and isinstance(v, str | dict)}
+    for group in (extra, config.get("model_specific_special_tokens")):
+        named |= group if isinstance(group, dict) else {}
+    listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    more = extra if isinstance(extra, list) else []
+    named = {name: token(found) for name, found in named.items() if found is not None}
+    return named, [token(found) for _, found in listed], [token(found) for found in more]
+
+
 class Tokenizer:
     """The tokenizer.json of a checkpoint folder, read by the `tokenizers` library, and the folder's chat template.
 
@@ -140,14 +159,20 @@ class Tokenizer:
             import jinja2  # noqa: F401
             import tokenizers
 
-            files = [folder / name for name in ("config.json", "tokenizer_config.json")]
-            model, config = (json.loads(file.read_text("utf-8")) if file.exists() else {} for file in files)
-            names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-            tokens = {name: config[name] for name in names if config.get(name) is not None}
-            self.special = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+            files = [folder / name for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json")]
+            model, config, older = (json.loads(file.read_text("utf-8")) if file.exists() else {} for file in files)
+            named, listed, extra = tokens_of(config if "added_tokens_decoder" in config else config | older)
+            self.special = {name: token["content"] for name, token in named.items()}
             self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             self.id_of = self.backend.token_to_id
-            self.backend.add_special_tokens([t for t in self.special.values() if self.id_of(t) is not None])
+            self.backend.add_tokens([tokenizers.AddedToken(**token) for token in listed])
+            known = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
+            extra = [tokenizers.AddedToken(**token) for token in extra if token["content"] not in known]
+            for token in named.values():
+                if self.id_of(token["content"]) is not None:  # else it is a name for nothing
+                    extra.append(known.get(token["content"]) or tokenizers.AddedToken(**token))
+                    extra[-1].special = True
+            self.backend.add_tokens(extra)
             self.backend.no_truncation()  # these three, left over from its own training, would
             self.backend.no_padding()  # cut, pad and vary texts without a word
             if getattr(self.backend.model, "dropout", None):
@@ -177,28 +202,36 @@ class Tokenizer:
         return self
 
     def encode(self, texts: Sequence[str], chat: bool) -> list[list[int]]:
-        """Token ids. Plain text gets the tokenizer's `lead`, once; in a rendered chat that is up to the template."""
-        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids. Plain text gets the tokenizer's `lead`, once; in a rendered chat that is up to the template.
+
+        Raises BadRow for a text that the tokenizer fails on."""
+        try:
+            ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # an unknown token without an unk_token; and see above
+            raise BadRow("cannot be encoded", f"{error} (the tokenizer of {self.folder})") from error
         return [i if chat or i[: len(self.lead)] == self.lead else self.lead + i for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def bos_length(self, ids: list[int]) -> int:
-        """How many ids at the front mark a beginning: the tokenizer's own, or a bos_token the template asks for."""
+        """How many ids at a prompt's front mark its beginning: the tokenizer's own, or the template's bos_token."""
         if self.lead and ids[: len(self.lead)] == self.lead:
             return len(self.lead)
-        return int(self.template_opens and ids[:1] == [self.id_of(self.special["bos_token"])])
+        bos = self.id_of(self.special.get("bos_token", ""))
+        return int(bos is not None and ids[:1] == [bos] and (ids.count(bos) == 1 or not self.bos_opens_answers))
 
     @cached_property
-    def template_opens(self) -> bool:
-        """Whether the template begins a dialogue with the bos_token, and not every turn of it."""
-        turns = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
+    def bos_opens_answers(self) -> bool:
+        """Whether the bos_token begins every turn, as ChatML's <|im_start|> does where a config names it so."""
         try:
-            text, bos = self.render(turns), self.special.get("bos_token")
+            return (
+                self.special["bos_token"] in self.render([{"role": "user", "content": MARK}], True).rpartition(MARK)[2]
+            )
         except ValueError:  # no template, or one that refuses
-            return False
-        return bool(bos) and text.startswith(bos) and text.count(bos) == 1
+            return True
 
     @cached_property
     def template(self):
@@ -217,6 +250,9 @@ class Tokenizer:
         def raise_exception(message):
             raise TemplateError(message)
 
+        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
         class Sandbox(ImmutableSandboxedEnvironment):
             intercepted_binops = frozenset({"*", "**"})  # a few of them would compute for years
 
@@ -227,7 +263,7 @@ class Tokenizer:
                 return super().call_binop(context, operator, left, right)
 
         env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        env.filters["tojson"] = tojson
         env.globals.update(raise_exception=raise_exception, strftime_now=self.now.strftime)
         return env.from_string(self.source)
 
@@ -339,8 +375,15 @@ def one_form(row: dict) -> tuple[str, list]:
     if form == "text" and beside == "messages":
         form, chosen, rejected = "messages", *([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     places = None
-    if form == beside == "text" and TURN in prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # whole dialogues beside the prompt in them
+    if form == beside == "text":  # whole dialogues beside the prompt that is in them
+        same = [text.startswith(prompt) for text in (chosen, rejected)]
+        whole = [
+            TURN in text and (text.startswith(HUMAN) or TURN in prompt and text.startswith(prompt))
+            for text in (chosen, rejected)
+        ]
+        if any(whole) and not all(whole + same):
+            raise BadRow("two prompts", f"prompt is {prompt!r:.60}, chosen {chosen!r:.60}, rejected {rejected!r:.60}")
+        chosen, rejected = (text[len(prompt) * all(whole) :] for text in (chosen, rejected))
     if form == "text" and beside == "absent":
         places = [mark.end() for mark in re.finditer(TURN, chosen)]
     elif form == "messages" and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
@@ -384,7 +427,9 @@ def to_ids(form: str, parts: list, tokenizer: Tokenizer | None) -> list[list[int
     if not (shared := common_length(head, *wholes)):
         why = "its first token runs on into an answer" if head else "the tokenizer adds nothing before it"
         raise BadRow("no token of the prompt stands alone", f"the prompt is {ways[0][0]!r:.60}, and {why}")
-    for whole, (_, _, ended) in zip(wholes, ways):
+    for whole, answer, (_, _, ended) in zip(wholes, answers, ways):
+        if len(whole) - shared <= ended:
+            raise BadRow("blank answer", f"of {answer!r:.60} no token is left")
         if not ended and tokenizer.eos is None:
             raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer has")
         if not ended and whole[-1] != tokenizer.eos:
@@ -478,7 +523,9 @@ def load_pairs(
             report.prompt_tokens += len(short[0])
             report.response_tokens += len(short[1]) + len(short[2])
             if form != "token ids":
-                report.special += bool(tokenizer.control.search(json.dumps(parts, ensure_ascii=False)))
+                fields = [item for part in parts if form == "messages" for message in part for item in message.items()]
+                said = [str(value) for key, value in fields if key != "role"] if fields else parts
+                report.special += any(map(tokenizer.control.search, said))
     return pairs, report
 
 

@@ -205,7 +205,10 @@ def test_the_seam_rule(tmp_path_factory, prompt, chosen, rejected, kind):
     try:
         head, first, second = data.to_ids("text", [prompt, chosen, rejected], tokenizer)
     except BadRow as error:
-        assert error.reason == "no token of the prompt stands alone"
+        head, *answers = tokenizer.encode([prompt, prompt + chosen, prompt + rejected], chat=False)
+        nothing = any(ids == head[: len(ids)] for ids in answers)
+        assert error.reason == ("blank answer" if nothing and head[:1] == answers[0][:1] == answers[1][:1] != []
+                                else "no token of the prompt stands alone")  # fmt: skip
         return
     whole = tokenizer.encode([prompt, prompt + chosen, prompt + rejected], chat=False)
     assert head + first[:-1] in (whole[1], whole[1][:-1]) and head + second[:-1] in (whole[2], whole[2][:-1])
@@ -316,10 +319,54 @@ def test_a_bos_token_written_out_in_a_template_is_kept(tmp_path, with_template):
     assert prompt[0] == 1 and len(prompt) == 7
 
 
+HEAD_TEXT = "\n\nHuman: He said\n\nAssistant:"
+
+
 def test_a_prompt_beside_whole_dialogues_as_text_is_not_doubled(tmp_path, kinds):
-    head = "\n\nHuman: He said\n\nAssistant:"
-    apart, beside = ({"prompt": head, "chosen": start + " yes", "rejected": start + " no"} for start in ("", head))
+    answers = ((start + " yes", start + " no") for start in ("", HEAD_TEXT))
+    apart, beside = (text_row(HEAD_TEXT, *two) for two in answers)
     assert one(tmp_path / "a", beside, kinds["words"]) == one(tmp_path / "b", apart, kinds["words"])
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected",
+    [
+        (HEAD_TEXT, HEAD_TEXT + " yes", " no"),
+        (HEAD_TEXT, " yes", HEAD_TEXT + " no"),
+        ("He said", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
+        ("\n\nHuman: Ho", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
+        ("\n\nHuman: He said", HEAD_TEXT + " yes", "\n\nHuman: He said no"),
+    ],
+)
+def test_whole_dialogues_beside_another_prompt_are_refused(prompt, chosen, rejected):
+    with pytest.raises(BadRow, match="two prompts"):
+        data.one_form({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+
+def test_a_prompt_that_ends_before_the_answers_turn(tmp_path, kinds):
+    beside = {"prompt": "\n\nHuman: He said", "chosen": HEAD_TEXT + " yes", "rejected": HEAD_TEXT + " no"}
+    _, parts = data.one_form(beside)
+    assert parts == ["\n\nHuman: He said", "\n\nAssistant: yes", "\n\nAssistant: no"]
+
+
+REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", ["Llama 2", "Mistral", "refuses the probe", "refuses a last user"])
+@pytest.mark.parametrize("turns", [1, 3])
+def test_the_templates_bos_is_kept_before_a_cut_prompt(with_template, tmp_path, template, turns):
+    refuses = {"refuses the probe": "{{ bos_token }}" + REFUSES + CHATML}
+    refuses["refuses a last user"] = (
+        "{{ bos_token }}{% if messages[-1].role == 'user' and not add_generation_prompt %}"
+        "{{ raise_exception('ends with user') }}{% endif %}" + CHATML
+    )
+    tokenizer = with_template((TEMPLATES | refuses)[template])
+    prompt = [user("He said yes and no " * 5), assistant("Good."), user("The price is $5 today")][-turns:]
+    system = [{"role": "system", "content": "You are brief."}] * ("probe" in template)
+    row = {"prompt": system + prompt, "chosen": YES, "rejected": NO}
+    whole, _, _ = one(tmp_path / "a", row, tokenizer)
+    cut, _, _ = one(tmp_path / "a", row, tokenizer, max_length=8)
+    assert whole[0] == 1 and len(cut) < len(whole) and cut == [1, *whole[1 - len(cut) :]]
 
 
 def test_a_turn_opener_that_a_config_calls_bos_is_cut_with_the_rest(with_template, tmp_path):
@@ -439,7 +486,7 @@ ODD = """{#- comments, loop controls, filters, a generation block, white space t
         {% endif %}{{ x }}
     {% endfor %}
 {{ dict(a=1, b='<é&"\\'>') | tojson }} {{ messages | length }} {{ [3, 1] | sort | join('-') }}
-{{ messages[0] | tojson(indent=4, sort_keys=true) }}
+{{ messages[0] | tojson(indent=4, sort_keys=true) }}{{ messages | tojson(true) }}{{ ["ü"] | tojson(false, 2) }}
 {{ unk_token }}{{ pad_token }}{{ nothing }}{{ documents }}{{ tools is none }}{{ messages[0].name is defined }}
 """
 TEMPLATES = {"ChatML": CHATML, "Llama 2": LLAMA2, "Llama 3": LLAMA3, "Phi 3": PHI3, "Mistral": MISTRAL, "Qwen 3": QWEN3}
@@ -690,6 +737,94 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token(with_template, tmp
     row = {"prompt": [user("Hi")], "chosen": [assistant("yes \n")], "rejected": [assistant("no")]}
     prompt, chosen, rejected = one(tmp_path / "a", row, tokenizer)
     assert tokenizer.decode(chosen) == "yes \n</s>" and tokenizer.decode(rejected) == "no</s>"
+
+
+TOKEN = {
+    "content": "</s>",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
+PLAIN = [token for token in SPECIAL if token not in ("<|im_start|>", "<|im_end|>")]
+
+
+@pytest.mark.parametrize(
+    "flags, config, files",
+    [
+        ({"rstrip": True}, NAMED, {}),
+        ({"lstrip": True}, NAMED, {}),
+        ({"single_word": True}, NAMED, {}),
+        ({"special": False, "normalized": True}, NAMED, {}),
+        ({}, NAMED | {"added_tokens_decoder": {"2": TOKEN | {"rstrip": True}}}, {}),
+        ({"rstrip": True}, NAMED | {"added_tokens_decoder": {"2": TOKEN}}, {}),
+        ({}, NAMED | {"added_tokens_decoder": {"900": TOKEN | {"content": "~~new~~"}}}, {}),
+        ({}, NAMED | {"eos_token": TOKEN | {"__type": "AddedToken", "rstrip": True}}, {}),
+        ({}, NAMED | {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "~~new~~"]}, {}),
+        ({}, NAMED | {"extra_special_tokens": ["<|im_end|>"]}, {}),
+        ({}, NAMED | {"extra_special_tokens": {"eot_token": "<|im_end|>"}}, {}),
+        ({}, NAMED | {"model_specific_special_tokens": {"eot_token": "<|im_end|>"}}, {}),
+        ({}, NAMED | {"eot_token": "<|im_end|>", "add_bos_token": False}, {}),
+        ({}, {}, {"special_tokens_map.json": NAMED | {"eot_token": "<|im_end|>"}}),
+        ({}, NAMED | {"added_tokens_decoder": {}}, {"special_tokens_map.json": {"eot_token": "<|im_end|>"}}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["byte level", "prepend"])
+def test_tokens_and_their_names_are_those_of_transformers(tmp_path, kind, flags, config, files):
+    """From tokenizer.json without ChatML's tokens among the added ones, but in the vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    template = "{{ bos_token }}|{{ eot_token }}|{{ eos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = make(tmp_path / "m", kind, template, config)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    kept = [token for token in whole["added_tokens"] if token["content"] not in ("<|im_start|>", "<|im_end|>")]
+    whole["added_tokens"] = [token | (flags if token["content"] == "</s>" else {}) for token in kept]
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    ours, theirs = Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["Hi </s>\n there", "a</s>b", "x <|im_end|> y<|im_start|>", "yes ~~new~~ no", "<s>", "</s>"]
+    assert ours.encode(texts, chat=True) == theirs(texts, add_special_tokens=False)["input_ids"]
+    assert ours.render([user("a")]) == theirs.apply_chat_template([user("a")], tokenize=False)
+    marked = {token.content for token in theirs.added_tokens_decoder.values() if token.special}
+    assert all(bool(ours.control.fullmatch(token)) == (token in marked) for token in [*SPECIAL, "~~new~~"])
+
+
+@pytest.mark.parametrize("answer", ["\u200b", "\u200b\u200b"])
+def test_an_answer_of_which_no_token_is_left_is_blank(with_template, tmp_path, answer):
+    backend = byte_level()
+    backend.normalizer = normalizers.BertNormalizer(clean_text=True, lowercase=False, strip_accents=False)
+    tokenizer = with_template(CHATML, backend=backend)
+    for row in (text_row("He said</s>", "yes", answer), text_row("He said", answer, "no"),
+                {"prompt": "Hi", "chosen": [assistant(answer)], "rejected": NO}):  # fmt: skip
+        with pytest.raises(ValueError, match="a:1: blank answer: of .*200b"):
+            load(tmp_path / "a", [row], tokenizer)
+        assert not load(tmp_path / "a", [row], tokenizer, skip_bad_rows=True)[0]
+
+
+@pytest.mark.parametrize(
+    "model", [models.Unigram([("a", -1.0)]), models.WordLevel({"a": 0}), models.WordPiece({"a": 0})]
+)
+def test_a_text_that_the_tokenizer_fails_on_is_a_bad_row(tmp_path, model):
+    tokenizer = Tokenizer.from_pretrained(
+        make(tmp_path / "m", backend=tokenizers.Tokenizer(model), model={"eos_token_id": 0})
+    )
+    rows = [text_row("a", "aé", "aa")]
+    if not tokenizer.encode(["a"], False)[0] or isinstance(model, models.WordLevel):
+        rows = [text_row("b", "c", "d")]
+    with pytest.raises(ValueError, match="a:1: cannot be encoded: .*the tokenizer of .*m"):
+        load(tmp_path / "a", rows, tokenizer)
+    assert load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)[1].bad == {"cannot be encoded": 1}
+
+
+def test_typed_special_tokens_are_counted_by_what_was_said(with_template, tmp_path):
+    backend = byte_level()
+    backend.add_special_tokens(['<|"q"|>', "user", "content"])
+    tokenizer = with_template(CHATML, backend=backend)
+    for prompt, count in (("Hi", 0), ('<|"q"|>', 1)):
+        for row in ({"prompt": prompt, "chosen": YES, "rejected": NO}, text_row(prompt, "yes", "no")):
+            assert load(tmp_path / "a", [row], tokenizer)[1].special == count
 
 
 def test_an_end_of_turn_that_begins_like_another_token(tmp_path):
