@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -64,7 +65,8 @@ HARMLESS = """architectures transformers_version auto_map dtype torch_dtype init
 label2id num_labels task_specific_params return_dict resid_pdrop embd_pdrop is_decoder is_llama_config
 transformers.js_config unsloth_fixed model_max_length max_sequence_length max_length min_length do_sample temperature
 top_k top_p num_beams num_return_sequences repetition_penalty diversity_penalty length_penalty""".split()
-# Any other key must be off (null, false or empty) or text, and these neutral:
+# Any other key must be off (null, false or empty) or text, but for keys that speak of numbers, and these neutral:
+TELLING = re.compile("act|norm|rope|rotary|quant|clip|scal|bias|expert|moe|mlp|ffn")
 NEUTRAL = {"partial_rotary_factor": (None, 1), "pretraining_tp": (None, 1), "logit_scale": (None, 1)}
 NEUTRAL |= {
     "is_causal": (None, True),
@@ -101,7 +103,8 @@ class Config(SimpleNamespace):
             _require(_is(kind, value), f"{key} is {value!r}; it must be {kind}")
             setattr(self, key, value)
         for key, value in given.items():
-            off = value in NEUTRAL[key] if key in NEUTRAL else type(value) is str or str(value) in OFF
+            text = type(value) is str and not TELLING.search(key)
+            off = value in NEUTRAL[key] if key in NEUTRAL else text or str(value) in OFF
             harmless = key in HARMLESS or key.startswith("_") or key.endswith(("_token_id", "dropout"))
             _require(off or harmless, f"{key} is {value!r}: unknown to {model_type}, but it could change numbers")
 
@@ -190,7 +193,8 @@ def _read_json_object(path: str | os.PathLike) -> dict:
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+WEIGHT_FILES += (".ot", ".npz")
 
 
 class Entry(NamedTuple):
@@ -590,7 +594,9 @@ class GPT(nn.Module):
         replace_file(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         for stale in [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
             stale.unlink(missing_ok=True)
-        for file in source.iterdir() if source and source.resolve() != folder.resolve() else ():
+        copied = source and source.resolve() != folder.resolve()
+        for file in [*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")] if copied else ():
             if file.is_file() and file.name != "config.json" and not file.name.endswith(WEIGHT_FILES):
+                (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
                 with open(file, "rb") as old:
-                    replace_file(folder / file.name, lambda new, old=old: shutil.copyfileobj(old, new))
+                    replace_file(folder / file.relative_to(source), lambda new, old=old: shutil.copyfileobj(old, new))

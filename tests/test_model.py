@@ -515,6 +515,10 @@ REFUSED = [
     ("llama", {"pretraining_tp": 2}, "pretraining_tp"),
     ("llama", {"is_causal": False}, "is_causal"),
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    ("llama", {"quantization_config": "gptq"}, "quantization_config"),
+    ("llama", {"activation_function": "gelu"}, "activation_function"),
+    ("qwen2", {"rope_type": "yarn"}, "rope_type"),
+    ("llama", {"clip_qkv": "8"}, "clip_qkv"),
     ("llama", {"clip_qkv": 8.0}, "clip_qkv"),
     ("llama", {"logit_scale": 0.5}, "logit_scale"),
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
@@ -645,6 +649,8 @@ def test_what_changes_no_number_is_accepted(tmp_path):
         "rope_interleaved": False,
         "transformers.js_config": {"dtype": "q4"},
         "unsloth_version": "2024.9",
+        "attn_implementation": "sdpa",
+        "license": "apache-2.0",
         "pretraining_tp": 1,
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
@@ -861,6 +867,7 @@ def test_a_folder_without_weights_or_config(tmp_path):
 
 # ---- saving --------------------------------------------------------------------------------------------------------
 
+TEMPLATES = "additional_chat_templates"
 OTHER_FILES = {
     "tokenizer.json": b'{"a": "\xc3\xa9"}\r\n',
     "tokenizer_config.json": b"{}",
@@ -933,9 +940,19 @@ def test_a_model_by_hand_is_saved_with_a_config_of_its_own(more, tmp_path):
 def test_what_is_copied_kept_and_removed(own, tmp_path):
     source, out = own("llama-tied"), tmp_path / "deep" / "out"
     rewrite(source, attention_dropout=0.1, torch_dtype="bfloat16", dtype="bfloat16", eos_token_id=[2, 3], note="mine")
+    (source / TEMPLATES).mkdir()
+    (source / TEMPLATES / "rag.jinja").write_text("{{ documents }}")
+    (source / TEMPLATES / "notes.txt").write_text("no template")
     for name, content in OTHER_FILES.items():
         (source / name).write_bytes(content)
-    for name in ("pytorch_model.bin", "model.gguf", "tf_model.h5", "consolidated.00.pth"):
+    for name in (
+        "pytorch_model.bin",
+        "model.gguf",
+        "tf_model.h5",
+        "consolidated.00.pth",
+        "rust_model.ot",
+        "a.onnx_data",
+    ):
         (source / name).write_bytes(b"old weights")
     (source / "checkpoint-1").mkdir()
     out.mkdir(parents=True)
@@ -944,7 +961,8 @@ def test_what_is_copied_kept_and_removed(own, tmp_path):
     (out / "notes.txt").write_bytes(b"the user's own")
 
     GPT.from_pretrained(source).save_pretrained(out)
-    assert sorted(os.listdir(out)) == sorted(["config.json", SINGLE, "notes.txt", *OTHER_FILES])
+    assert sorted(os.listdir(out)) == sorted(["config.json", SINGLE, "notes.txt", TEMPLATES, *OTHER_FILES])
+    assert [x.read_text() for x in (out / TEMPLATES).iterdir()] == ["{{ documents }}"]
     assert all((out / name).read_bytes() == content for name, content in OTHER_FILES.items())
     wanted = json.loads((source / "config.json").read_text()) | {"torch_dtype": "float32", "dtype": "float32"}
     assert json.loads((out / "config.json").read_text()) == wanted
