@@ -151,6 +151,8 @@ def linear_token_stats(
     and `policy_weight`. Raises ValueError as `token_stats` does.
     """
     hidden, weights = (policy_hidden, ref_hidden), (policy_weight, ref_weight)
+    if not all(x.is_floating_point() for x in (*hidden, *weights)):
+        raise ValueError(f"a floating dtype expected, found {', '.join(str(x.dtype) for x in (*hidden, *weights))}")
     expected = all(
         h.ndim == w.ndim == 2
         and h.shape[1] == w.shape[1]
@@ -266,9 +268,9 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
         kl = _log_mean_exp(p, log_p, u_mean[:, None] - u, _expm1_minus_x, lambda a: 1 + a)
     # Rounding: of the increments, 2⁻¹⁶·E_p|expm1(±εu)| ≤ 2⁻¹⁶·E_p|u|·expm1(a)/max|u|, a = ε·max|u|, and of d itself.
     growth = (epsilon * size).clamp(max=600).expm1() / size.clamp(min=1e-300)
-    floor = 2.0**-16 * (u_abs * growth).maximum(delta_minus.abs()).maximum(delta_plus.abs()).clamp(max=1.0) + 1e-37
-    if f.dtype == torch.float32:
-        floor += epsilon * 2.0**-23 * (u_abs + 2 * d_y.squeeze(-1).abs())
+    delta, eps = torch.maximum(delta_minus.abs(), delta_plus.abs()), torch.finfo(f.dtype).eps
+    floor = 2.0**-16 * (u_abs * growth).maximum(delta).clamp(max=1.0) + 2.0**-50 * delta + 1e-37
+    floor += epsilon * eps * (u_abs + 2 * d_y.squeeze(-1).abs())
     logp = log_p.gather(-1, y).squeeze(-1)
     ref_logp = logp.double() + (u_mean.double() - kl)
     return TokenStats(logp, ref_logp, delta_minus, delta_plus, kl, floor), size
@@ -359,7 +361,8 @@ def epsdpo_loss(chosen: TokenStats, rejected: TokenStats, beta: float, epsilon_s
     losses = -F.logsigmoid(beta_pair * margin)
     uncertain = torch.zeros_like(step, dtype=torch.bool)
     if chosen.floor is not None and rejected.floor is not None:
-        uncertain = torch.minimum(delta_minus.abs(), delta_plus.abs()) <= chosen.floor + rejected.floor
+        certain = torch.minimum(delta_minus.abs(), delta_plus.abs()) > chosen.floor + rejected.floor
+        uncertain = ~certain  # where a floor is NaN nothing is certain
     return EpsDPOLoss(losses.mean(), losses, beta_pair, step, margin.detach(), uncertain)
 
 
@@ -398,7 +401,12 @@ def _check_beta(beta: float, epsilon_step: float) -> None:
 
 def _check_logits(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, epsilon_check: float) -> None:
     shape = tuple(policy_logits.shape)
-    if policy_logits.shape != ref_logits.shape or not shape or labels.shape != policy_logits.shape[:-1]:
+    if (
+        policy_logits.shape != ref_logits.shape
+        or 0 in shape[-1:]
+        or not shape
+        or labels.shape != policy_logits.shape[:-1]
+    ):
         found = f"{shape}, {tuple(ref_logits.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"logits (..., V) of both models and labels (...) expected, found {found}")
     if not (policy_logits.is_floating_point() and ref_logits.is_floating_point()):

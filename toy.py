@@ -64,10 +64,11 @@ class World:
     def language(self, tokens: Tensor) -> Tensor:
         """The language as a policy: a first-order Markov chain for each prompt, that starts from the prompt's letter.
 
-        Its stop has probability 0.1 at first and 0.1 more after each letter. Takes `rows` (B, T); returns
+        Its stop has probability 0.1 at first and 0.1 more after each letter, at most 0.9. Takes `rows` (B, T); returns
         log-probabilities (B, T, letters + 1) float64, which mean nothing at the first token and after a stop.
         """
-        stop = 0.1 * torch.arange(tokens.shape[1], dtype=torch.float64).expand(tokens.shape)[..., None]  # (B, T, 1)
+        stop = 0.1 * torch.arange(tokens.shape[1], dtype=torch.float64).clamp(max=9)  # (T,)
+        stop = stop.expand(tokens.shape)[..., None]  # (B, T, 1)
         chain = self.chain[tokens[:, 1:2], tokens.clamp(max=self.letters - 1)]  # (B, T, letters)
         return torch.cat([chain * (1 - stop), stop], -1).log()
 

@@ -28,8 +28,9 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -51,7 +52,7 @@ from tqdm import tqdm
 import toy
 from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, micro_batches, row_length, show_pair
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta, sum_over_responses
-from model import GPT, Config, replace_file
+from model import GPT, SINGLE, Config, replace_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -209,6 +210,15 @@ def compare(
     return TokenStats(*(x[:size] for x in sums)), TokenStats(*(x[size:] for x in sums))
 
 
+def with_checksum(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The parts, and the CRC-32 of them all."""
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+        yield part
+    yield checksum.to_bytes(4, "little")
+
+
 class CachedReference(torch.nn.Module):
     """The reference as a file of its hidden states at response tokens, float32 (M, D) for all pairs one after another.
 
@@ -227,19 +237,22 @@ class CachedReference(torch.nn.Module):
         folder, width = Path(flags.cache_reference), policy.config.hidden_size
         file = folder / f"reference-{name.hexdigest()[:16]}.f32"
         counts = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
-        size = 4 * sum(counts) * width
+        size = 4 * sum(counts) * width + 4  # and their checksum
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ValueError(f"--cache-reference {folder}: no folder can be made there: {e}") from e
         if not file.exists():
             if (room := shutil.disk_usage(folder).free) < size:
-                raise ValueError(f"--cache-reference {folder}: has {room / 1e9:.1f} GB left, needs {size / 1e9:.1f} GB")
-            replace_file(file, lambda f: f.writelines(self.states_of(policy, pairs, flags)))
+                raise ValueError(f"--cache-reference {folder}: has {room / 1e9:.3f} GB for {size / 1e9:.3f} GB")
+            replace_file(file, lambda f: f.writelines(with_checksum(self.states_of(policy, pairs, flags))))
         if file.stat().st_size != size:
             raise ValueError(f"{file}: {file.stat().st_size} bytes, {size} expected: delete it, to have it made again")
         print(f"reference: {sum(counts):,} hidden states of {width} numbers in {file}, {size / 1e9:.2f} GB")
         self.states = np.memmap(file, np.float32, "r", shape=(sum(counts), width))
+        *_, checksum = with_checksum(self.states[i : i + 4096] for i in range(0, sum(counts), 4096))
+        if checksum != np.memmap(file, np.uint8, "r", offset=size - 4).tobytes():
+            raise ValueError(f"{file}: damaged, its checksum is another: delete it, to have it made again")
         keys = (self.key(np.concatenate(pair[:3]), len(pair.prompt), len(pair.chosen)) for pair in pairs)
         starts = np.cumsum([0, *counts])
         self.places = {key: slice(a, b) for key, a, b in zip(keys, starts, starts[1:])}
@@ -348,7 +361,7 @@ def hash_of_ids(pairs: Sequence[Pair]) -> str:
     return ids.hexdigest()
 
 
-def identity(flags: Flags, pairs: Sequence[Pair]) -> dict[str, str]:
+def identity(flags: Flags, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]) -> dict[str, str]:
     """What a checkpoint belongs to: the flags that matter, hashes of all token ids and of the first model's files."""
     files, folder = hashlib.sha256(), Path(flags.model)
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if flags.model else ():
@@ -358,7 +371,8 @@ def identity(flags: Flags, pairs: Sequence[Pair]) -> dict[str, str]:
             files.update(f.read())
     chosen = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in FREE_ON_RESUME}
     chosen["cache_reference"] = str(bool(flags.cache_reference))  # where the file lies changes no number
-    return chosen | {"the data": hash_of_ids(pairs), "the model": files.hexdigest()}
+    hashes = {"the data": hash_of_ids(pairs), "the held-out data": hash_of_ids(eval_pairs)}
+    return chosen | hashes | {"the model": files.hexdigest()}
 
 
 def claim(out: Path, flags: Flags) -> None:
@@ -385,13 +399,14 @@ def claim(out: Path, flags: Flags) -> None:
         probe.write(b"x")
 
 
-def begin(out: Path, flags: Flags, lines: list[dict[str, float]]) -> TextIO:
+def begin(out: Path, flags: Flags, lines: list[dict[str, float]], resumed: bool) -> TextIO:
     """Make `out` this run's, now that all is checked, and open metrics.jsonl behind the lines it has so far."""
-    for name in () if flags.resume else RESULTS:
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    for torn in out.rglob(".*.tmp"):  # a save that was killed
-        torn.unlink()
-    if not flags.resume:  # its time stays that of the first start, which `real_job` asks for
+    for name in ("flags.json", *RESULTS, "*"):  # saves that were killed
+        for torn in (out / "model" if name == "*" else out).glob(f".{name}.[0-9]*.tmp"):
+            torn.unlink()
+    for path in () if resumed else (out / name for name in RESULTS):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if not (resumed and (out / "flags.json").exists()):  # its time stays that of the start, which `real_job` asks for
         replace_file(out / "flags.json", lambda f: f.write(json.dumps(dataclasses.asdict(flags), indent=2).encode()))
     replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in lines))
     return open(out / "metrics.jsonl", "a", encoding="utf-8")
@@ -402,6 +417,8 @@ def save_checkpoint(out: Path, step: int, policy: GPT, optimizer, method: EpsDPO
     weights, moments = get_state_dict(policy, optimizer, options=WHOLE)  # gathered by all processes, written by one
     state = {"step": step, "method": vars(method), "identity": who, "metrics": json.dumps(lines)}
     if rank_and_world()[0] == 0:
+        if not all(x.isfinite().all() for x in weights.values()):
+            raise ValueError("the weights are not finite any more and were not saved")
         state |= {"weights": weights, "moments": moments}
         replace_file(out / "checkpoint.pt", lambda f: torch.save(state, f))
 
@@ -553,6 +570,8 @@ def train(
     Raises ValueError, before the optimizer step, for a loss or gradient that is not finite; KeyboardInterrupt when
     asked to stop, after saving.
     """
+    if not pairs:
+        raise ValueError("no pairs to train on")
     method = method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
     rank, world = rank_and_world()
     shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
@@ -566,12 +585,15 @@ def train(
     steps = flags.steps or flags.epochs * steps_per_epoch
     done, lines, file = 0, [], None
     if out:
-        who, room = identity(flags, [*pairs, *eval_pairs]), shutil.disk_usage(out).free
-        if room < (need := count(policy) * (4 + 24 * bool(flags.save_every))):  # the new checkpoint beside the old one
-            raise ValueError(f"--out {out}: has {room / 1e9:.1f} GB left, the run will write {need / 1e9:.1f} GB")
-        if flags.resume and (out / "checkpoint.pt").exists():
+        who = identity(flags, pairs, eval_pairs)
+        if rank == 0:  # which alone writes
+            need = count(policy) * (4 + 24 * bool(flags.save_every))  # the new checkpoint beside the old one
+            held = sum(x.stat().st_size for x in (out / "checkpoint.pt", out / "model" / SINGLE) if x.exists())
+            if (room := shutil.disk_usage(out).free + held) < need:
+                raise ValueError(f"--out {out}: has {room / 1e9:.3f} GB for the {need / 1e9:.3f} GB of this run")
+        if resumed := flags.resume and (out / "checkpoint.pt").exists():
             done, lines = load_checkpoint(out, policy, optimizer, method, who)
-        file = begin(out, flags, lines) if rank == 0 else None
+        file = begin(out, flags, lines, resumed) if rank == 0 else None
     saved, beta_left = done, False
 
     def write(step: int, line: dict[str, float]) -> None:
@@ -709,11 +731,12 @@ def toy_job(flags: Flags, device: torch.device) -> None:
         drawn = [logps[name][prompt].exp().multinomial(4, True, generator=dice) for name in ("reference", "ε-DPO")]
         texts = (" ".join(map(world.text, x.tolist())) for x in drawn)
         print(f"  to {letter}:            ", *(f"{text:29}" for text in texts))
-    ours, told = reports["ε-DPO"], len(betas) * flags.batch_size
+    ours, told = reports["ε-DPO"], pairs_seen(len(betas), len(pairs), flags.batch_size)
+    share = "nothing" if math.isnan(ours.share) else f"{ours.share:.0%}"
     print(
         f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having been told {told:,} times which of two "
         f"answers was preferred, the policy now beats the reference in {ours.win_rate:.0%} of comparisons, and has "
-        f"{ours.share:.0%} of the gain in reward that a policy this close to the reference could have at best."
+        f"{share} of the gain in reward that a policy this close to the reference could have at best."
     )
 
 
@@ -774,7 +797,7 @@ def forecast(policy: GPT, pairs: Sequence[Pair], flags: Flags) -> str:
     c, world = policy.config, rank_and_world()[1]
     steps = flags.steps or flags.epochs * math.ceil(len(pairs) / flags.batch_size)
     row = sum(map(row_length, pairs)) / len(pairs)
-    tokens = int(row * min(flags.batch_size, len(pairs)) * steps)
+    tokens = int(row * pairs_seen(steps, len(pairs), flags.batch_size))
     a = torch.rand(1024, 1024, device=next(policy.parameters()).device)
     started = time.perf_counter()
     (a @ a @ a @ a).sum().item()
@@ -836,6 +859,12 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def pairs_seen(steps: int, pairs: int, batch_size: int) -> int:
+    """How many pairs that many steps look at: the last batch of an epoch may be smaller."""
+    epochs, rest = divmod(steps, math.ceil(pairs / batch_size))
+    return epochs * pairs + rest * batch_size
+
+
 def count(model: GPT) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -843,6 +872,9 @@ def count(model: GPT) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when all went well, 2 for bad input (one line on stderr says which), 130 when stopped."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without β or ± is no reason to stop
     try:
         flags = parse_flags(argv)
         name = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -868,14 +900,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        print(
-            f"train.py: error: out of memory, try fewer --micro-tokens or --gradient-checkpointing: {e}",
-            file=sys.stderr,
-        )
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+            raise
+        advice = "out of memory, try fewer --micro-tokens or --gradient-checkpointing"
+        print(f"train.py: error: {advice}: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(f"train.py: {e or 'stopped at once'}", file=sys.stderr)
+        print(f"train.py: {str(e) or 'stopped at once'}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

@@ -369,10 +369,12 @@ def test_the_templates_bos_is_kept_before_a_cut_prompt(with_template, tmp_path, 
     assert whole[0] == 1 and len(cut) < len(whole) and cut == [1, *whole[1 - len(cut) :]]
 
 
-def test_a_turn_opener_that_a_config_calls_bos_is_cut_with_the_rest(with_template, tmp_path):
+@pytest.mark.parametrize("refuses", ["", REFUSES])
+def test_a_turn_opener_that_a_config_calls_bos_is_cut_with_the_rest(with_template, tmp_path, refuses):
     """SmolLM2's config names <|im_start|>, which begins every turn."""
-    tokenizer = with_template(CHATML, config={**NAMED, "bos_token": "<|im_start|>"})
-    row = {"prompt": "He said yes and no " * 9, "chosen": YES, "rejected": NO}
+    tokenizer = with_template(refuses + CHATML, config={**NAMED, "bos_token": "<|im_start|>"})
+    prompt = [{"role": "system", "content": "You are brief."}, user("He said yes and no " * 9)]
+    row = {"prompt": prompt, "chosen": YES, "rejected": NO}
     whole, _, _ = one(tmp_path / "a", row, tokenizer)
     prompt, _, _ = one(tmp_path / "a", row, tokenizer, max_length=30)
     assert 15 <= len(prompt) < 30 and prompt == whole[-len(prompt) :]

@@ -591,6 +591,44 @@ class _Logits(TorchDispatchMode):
         return out
 
 
+def test_a_far_tail_counts_in_moments():
+    """|c| reaches 7.7 where |u| stays below 4: the series goes on until what it leaves out is small there too."""
+    f, f_ref, labels = torch.tensor([[-5.0, 0.5, 8.5]]), torch.tensor([[-5.0, -3.4, 12.4]]), torch.tensor([0])
+    check_against_exact(token_stats(f, f_ref, labels, 0.01), f, f_ref, labels, 0.01)
+    assert float(token_stats(f, f_ref, labels, 0.01).kl) == pytest.approx(0.0022845, rel=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_the_floor_covers_an_offset_in_float64(offset):
+    """Equal logits but for the offset are a tie: what is left of it is rounding, and says so."""
+    dice = torch.Generator().manual_seed(0)
+    f_ref = torch.randn(400, 7, generator=dice, dtype=torch.float64)
+    noise = 1e-9 * torch.randn(400, 7, generator=dice, dtype=torch.float64)
+    labels = torch.randint(7, (400,), generator=dice)
+    near, far = (token_stats(f_ref + noise + x, f_ref, labels, 0.01) for x in (0.0, offset))
+    for name in ("delta_minus", "delta_plus"):
+        assert ((getattr(near, name) - getattr(far, name)).abs() <= near.floor + far.floor).all(), name
+    assert (near.floor < 1e-4 * near.delta_minus.abs()).double().mean() > 0.9  # and it is not all floor
+
+
+def test_logits_must_be_floating_and_have_a_vocabulary():
+    hidden, weight, ref_hidden, ref_weight, labels = linear_inputs(0, m=5, vocab=9, width=3, dtype=torch.float32)
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match=str(dtype)):
+            epsdpo.linear_token_stats(hidden, weight, ref_hidden.detach().to(dtype), ref_weight, labels, 0.1)
+    with pytest.raises(ValueError, match="V"):
+        token_stats(torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0.1)
+
+
+def test_pairs_are_compared_in_float64():
+    """float32 would see a tie."""
+    one, zero = (torch.tensor([x], dtype=torch.float64) for x in (1.0, 0.0))
+    chosen = TokenStats(zero, zero, one + 1e-9, -one - 1e-9, zero, zero)
+    rejected = TokenStats(zero, zero, one, -one, zero, zero)
+    assert epsdpo_loss(chosen, rejected, 0.1, 0.1).step.tolist() == [1]
+    assert epsdpo_loss(chosen, rejected._replace(floor=zero * math.nan), 0.1, 0.1).uncertain.tolist() == [True]
+
+
 def test_backward_computes_again_the_logits_of_all_chunks_but_the_last():
     hidden, weight, ref_hidden, ref_weight, labels = linear_inputs(0, m=25, vocab=50, width=3, dtype=torch.float32)
     with _Logits() as forward:

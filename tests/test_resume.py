@@ -209,6 +209,7 @@ def test_a_second_signal_stops_at_once(folder, tmp_path, capsys, monkeypatch):
     at_step(monkeypatch, 3, lambda: [interrupt(), interrupt()])
     code, said = ended(argv_of(folder, tmp_path / "out"), capsys)
     assert code == 130 and len(steps_of(read_metrics(tmp_path / "out"))) == 3
+    assert said.endswith("stopped at once")
 
 
 def test_signals_are_given_back_after_training(folder, tmp_path):
@@ -379,7 +380,12 @@ def test_other_data_or_another_model_is_refused_and_nothing_is_touched(folder, o
         tmp_path / "shuffled.jsonl", [json.loads(x) for x in (folder / "ids.jsonl").read_text().splitlines()][::-1]
     )
     held = write_rows(tmp_path / "held.jsonl", id_rows(7, seed=2))
+    rows[30]["rejected"][-1] ^= 1
+    row = next(row for row in rows if len(row["chosen"]) > 1)
+    row["prompt"].append(row["chosen"].pop(0))
+    moved = write_rows(tmp_path / "moved.jsonl", rows)
     for argv, named in (
+        (argv_of(folder, own, "--resume", data=str(moved)), "data"),
         (argv_of(folder, own, "--resume", data=str(one_token)), "data"),
         (argv_of(folder, own, "--resume", data=str(shuffled)), "data"),
         (argv_of(folder, own, "--resume", "--eval-data", held), "data"),
@@ -389,6 +395,29 @@ def test_other_data_or_another_model_is_refused_and_nothing_is_touched(folder, o
         code, said = ended(argv, capsys)
         assert code == 2 and "checkpoint.pt" in said and named in said, said
         assert snapshot(own) == before
+
+
+def test_held_out_pairs_and_others_do_not_change_places(folder, tmp_path, monkeypatch, capsys):
+    first, second, third = (write_rows(tmp_path / f"{seed}.jsonl", id_rows(9, seed=seed)) for seed in (1, 2, 3))
+    argv = ["--model", folder / "model", "--batch-size", "4", "--steps", "6", "--out", tmp_path / "out"]
+    at_step(monkeypatch, 3, interrupt)
+    assert ended([*argv, "--data", first, second, "--eval-data", third], capsys)[0] == 130
+    monkeypatch.undo()
+    before = snapshot(tmp_path / "out")
+    code, said = ended([*argv, "--resume", "--data", first, "--eval-data", second, third], capsys)
+    assert code == 2 and "data" in said and snapshot(tmp_path / "out") == before
+
+
+def test_models_are_told_apart_by_either_end_of_any_shard(folder, tmp_path):
+    model = Path(shutil.copytree(folder / "model", tmp_path / "model"))
+    who = [train.identity(train.Flags(model=str(model), data=("x",), out="x"), [], [])["the model"]]
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        content = bytearray(3 << 20)
+        for at in (0, -1, 0):
+            (model / name).write_bytes(content)
+            who.append(train.identity(train.Flags(model=str(model), data=("x",), out="x"), [], [])["the model"])
+            content[at] ^= 1
+    assert len(set(who)) == len(who) == 7
 
 
 def test_the_same_weights_under_another_config_are_another_model(folder, own, tmp_path, capsys):
@@ -528,6 +557,58 @@ def mounted(tmp_path):
     yield mount
     for where in made:
         subprocess.run(["umount", where], check=True)
+
+
+@pytest.mark.parametrize("saves, each", [([], 4), (["--save-every", "2"], 28)])  # bytes of a parameter
+def test_what_a_run_needs_of_the_disk_counts_what_it_replaces(saves, each, folder, tmp_path, monkeypatch, capsys):
+    out, need = tmp_path / "out", each * train.count(GPT.from_pretrained(folder / "model"))
+
+    def usage(path):
+        used = sum(x.stat().st_size for x in (out / "checkpoint.pt", out / "model/model.safetensors") if x.exists())
+        return shutil._ntuple_diskusage(0, 0, room - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    room = need - 1
+    code, said = ended(argv_of(folder, out, *saves), capsys)
+    assert code == 2 and str(out) in said and " GB" in said
+    room = need
+    with pytest.MonkeyPatch.context() as m:
+        at_step(m, 5, interrupt)
+        assert train.main(argv_of(folder, out, *saves)) == 130
+    for more in ("--resume", "--overwrite"):
+        assert train.main(argv_of(folder, out, *saves, more)) == 0
+
+
+def test_what_is_the_users_own_in_the_folder_stays(folder, tmp_path):
+    out, mine = tmp_path / "out", [".mine.tmp", ".cache.tmp/a", "notes/.draft.1.tmp", ".metrics.mine.tmp"]
+    for name in mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    (out / ".checkpoint.pt.77.tmp").write_text("torn")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis").write_text("mine")
+    assert train.main(argv_of(folder, out, "--steps", 1)) == 0
+    assert all((out / name).read_text() == "mine" for name in mine) and not (out / ".checkpoint.pt.77.tmp").exists()
+    shutil.rmtree(out / "model")
+    (out / "model").symlink_to(elsewhere)
+    assert train.main(argv_of(folder, out, "--steps", 1, "--overwrite")) == 0
+    assert (elsewhere / "thesis").read_text() == "mine" and (out / "model/model.safetensors").exists()
+    assert not (out / "model").is_symlink()
+
+
+def test_flags_json_is_that_of_the_run_that_lies_there(folder, own, tmp_path):
+    def lr() -> float:
+        return json.loads((out / "flags.json").read_text())["lr"]
+
+    out = tmp_path / "out"
+    assert train.main(argv_of(folder, out, "--steps", 1, "--save-every", 1)) == 0
+    shutil.rmtree(out / "model")
+    (out / "checkpoint.pt").unlink()  # as if killed before the first
+    assert train.main(argv_of(folder, out, "--steps", 1, "--resume", "--lr", 3e-3, "--save-every", 1)) == 0
+    assert lr() == 3e-3
+    (out / "flags.json").unlink()
+    assert train.main(argv_of(folder, out, "--steps", 1, "--resume", "--lr", 3e-3)) == 0 and lr() == 3e-3
 
 
 def test_a_disk_too_small_is_refused_before_training_time_is_spent(folder, mounted, capsys):

@@ -165,6 +165,13 @@ def test_the_language_is_a_markov_chain_with_a_growing_stop(world):
             assert math.isclose(logps[x, y].exp(), expected, rel_tol=1e-12)
 
 
+def test_a_long_world_still_is_one():
+    world = toy.World(letters=2, length=11)
+    logp = world.list_logps(world.language)
+    assert not logp.isnan().any()
+    torch.testing.assert_close(logp.exp().sum(-1), torch.ones(2, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
 def test_the_seed_makes_the_language():
     logps = [toy.World(seed).list_logps(toy.World(seed).language) for seed in (0, 0, 1)]
     assert torch.equal(logps[0], logps[1]) and not torch.allclose(logps[0], logps[2])

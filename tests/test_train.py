@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +94,7 @@ def plain_training(policy: GPT, reference: GPT, pairs, order, flags: train.Flags
             loss = loss - F.logsigmoid(own * (z - z_ref)) / len(indices)
         gradients = torch.autograd.grad(loss, parameters)
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
-        warmup = math.ceil(flags.warmup * steps)
+        warmup = math.ceil(Decimal(str(flags.warmup)) * steps)  # as written: 0.07 of 100 is 7
         if t <= warmup:
             rate = flags.lr * t / warmup
         else:
@@ -364,6 +366,12 @@ def test_the_schedule_in_numbers():
     assert [train.learning_rate(step, 1, flags_of(lr=1.0, warmup=0.0)) for step in (0, 1, 2)] == pytest.approx(
         [1, 0, 0]
     )
+
+
+def test_warmup_is_the_share_that_is_written():
+    """0.07 · 100 is 7.000000000000001 in floats."""
+    rates = [train.learning_rate(step, 100, flags_of(lr=1.0, warmup=0.07)) for step in range(9)]
+    assert rates[:8] == pytest.approx([1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7, 1, 1]) and rates[8] < 1
 
 
 def test_the_loop_counts_the_schedule_in_optimizer_steps(monkeypatch):
@@ -654,8 +662,9 @@ def test_a_line_of_metrics_is_about_the_step_it_names(folder, tmp_path):
     assert sum(line["tokens"] for line in steps[:4]) == sum(mean.values())
 
 
-def test_a_beta_that_runs_away_is_reported_once(capsys):
-    method = Told(0.1, 0.5, 0.5).tell([0.6, 0.7, 0.9], [1, 1, 1])
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_beta_that_runs_away_is_reported_once(step, capsys):
+    method = Told(0.1, 0.5, 0.5).tell([0.6, 0.7, 0.9], [step] * 3)
     train.train(*two_models(), three_pairs(), flags_of(steps=20, batch_size=3), method)
     warnings = [line for line in "".join(capsys.readouterr()).splitlines() if "β went" in line]
     assert len(warnings) == 1 and "--epsilon" in warnings[0]
@@ -759,6 +768,17 @@ def test_evaluation_in_numbers():
     assert method.beta == 0.1  # looking changes nothing
 
 
+def test_equal_margins_have_no_spread():
+    """Their mean square less their squared mean is -1.7e-18 here."""
+    sums = {"rewards/accuracies": 3.0, "rewards/margins": 3 * 0.1, "margin_squares": 3 * 0.1**2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "accumulate", lambda *_: [])
+        patch.setattr(train, "add_up", lambda *_: (sums, 0.0))
+        found = train.evaluate(*two_models(), three_pairs(), train.EpsDPO(0.1, 0.0, 0.0), flags_of())
+    assert sums["margin_squares"] / 3 < (sums["rewards/margins"] / 3) ** 2
+    assert found["eval/rewards/margins_se"] == 0.0
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 BAD = {  # flag: values that are refused at once
@@ -809,6 +829,42 @@ def test_flags_that_need_one_another(argv, named, capsys, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     code, said = ended(argv, capsys)
     assert code == 2 and named in said and not list(tmp_path.iterdir())
+
+
+def test_memory_that_a_cpu_has_not_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "compare", lambda *_: torch.empty(10**16))
+    code, said = ended(argv_of(folder, tmp_path / "out"), capsys)
+    assert code == 2 and "out of memory" in said and "--micro-tokens" in said
+    monkeypatch.setattr(train, "compare", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):  # a fault of the program is not a user's
+        train.main(argv_of(folder, tmp_path / "out", "--overwrite"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_without_greek_is_no_reason_to_stop(encoding, folder, tmp_path, monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert train.main(argv_of(folder, tmp_path / "out", "--steps", 1)) == 0
+    with pytest.raises(SystemExit) as left:
+        train.main(["--help"])
+    assert left.value.code == 0
+
+
+def test_training_on_nothing_is_refused():
+    with pytest.raises(ValueError, match="no pairs"):
+        train.train(*two_models(), [], flags_of(steps=2))
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    code, said = ended(argv_of(folder, out, "--save-every", 1, "--lr", "1e300"), capsys)
+    assert (
+        code == 2
+        and "not finite" in said
+        and "no checkpoint was saved" in said
+        and not (out / "checkpoint.pt").exists()
+    )
 
 
 def test_what_is_not_there_is_named(folder, tmp_path, capsys):
@@ -917,12 +973,19 @@ def test_a_figure_is_left_where_matplotlib_is(folder, tmp_path, monkeypatch):
     assert (out / "run.svg").read_text().count("<svg") == 1
 
 
-def test_what_is_coming_is_said_before_any_time_is_spent():
+@pytest.mark.parametrize("batch_size, steps", [(8, 12), (30, 6), (31, 3), (99, 3)])
+def test_what_is_coming_is_said_before_any_time_is_spent(batch_size, steps):
     pairs = pairs_of(id_rows(31))
-    said = FORECAST(tiny_model(), pairs, flags_of(batch_size=8, epochs=3))
-    assert "12 steps of 8 pairs" in said and "GB" in said and "hours" in said
+    said = FORECAST(tiny_model(), pairs, flags_of(batch_size=batch_size, epochs=3))
+    assert f"{steps} steps of {batch_size} pairs" in said and "GB" in said and "hours" in said
     tokens = int(re.search(r"about ([0-9,]+) tokens", said)[1].replace(",", ""))
-    assert tokens == pytest.approx(3 * sum(map(row_length, pairs)), rel=0.1)
+    assert tokens == pytest.approx(3 * sum(map(row_length, pairs)), rel=0.01)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 90))
+def test_pairs_seen_are_those_of_the_batches(pairs, batch_size, steps):
+    an_epoch = [min(batch_size, pairs - at) for at in range(0, pairs, batch_size)]
+    assert train.pairs_seen(steps, pairs, batch_size) == sum(an_epoch[i % len(an_epoch)] for i in range(steps))
 
 
 def test_the_toy_replaces_its_own_run_and_nothing_else(quick_toy, folder, capsys):
@@ -937,6 +1000,16 @@ def test_the_toy_replaces_its_own_run_and_nothing_else(quick_toy, folder, capsys
     before = snapshot(quick_toy)
     code, said = ended(few, capsys)  # a run on real data lies there now
     assert code == 2 and snapshot(quick_toy) == before
+
+
+def test_the_toys_dpo_is_the_run_without_a_step_of_beta(quick_toy, capsys):
+    def rows(*more: str) -> dict[str, list[str]]:
+        few = ["--eval-size", "8", "--batch-size", "32", "--steps", "6", "--epsilon", "0.3", "--overwrite"]
+        assert train.main([*few, "--out", str(quick_toy), *more]) == 0
+        return {line[:12].strip(): line.split()[1:] for line in capsys.readouterr().out.splitlines() if "%" in line}
+
+    usual, plain = rows(), rows("--epsilon-step", "0")
+    assert usual["DPO"] == plain["DPO"] == plain["ε-DPO"] != usual["ε-DPO"]
 
 
 def test_the_toy_does_not_delete_what_is_not_a_run_of_its_own(quick_toy, capsys):
@@ -965,11 +1038,15 @@ def test_python_train_py_alone(tmp_path):
     for line in ("reference", "ε-DPO", "DPO", "optimum π*"):
         assert re.search(rf"^{re.escape(line)} +-?[0-9.]+ ", done.stdout, re.M), done.stdout
     assert "E[reward]" in done.stdout and "win rate" in done.stdout and "after 12 steps" in done.stdout
+    assert "told 768 times" in done.stdout
     assert re.search(r"β went from 0\.500 to 0\.\d+", done.stdout)
     table = {line[:12].strip(): line[12:].split() for line in done.stdout.splitlines() if line[:1] in "rεDo"}
     assert float(table["reference"][1]) == 0.0 and float(table["reference"][2]) == pytest.approx(0.5)
     assert float(table["ε-DPO"][2]) > 0.5 < float(table["DPO"][2])  # it learns, even in twelve steps
     assert float(table["optimum π*"][0]) > float(table["ε-DPO"][0])
+    assert table["optimum π*"][-1] == "0.000"  # at the β of the start, as J is
+    for name, row in table.items():
+        assert float(row[-2]) == pytest.approx(float(row[0]) - 0.5 * float(row[1]), abs=2e-3), name
     lines = read_metrics(tmp_path / "out" / "toy")
     assert [line["step"] for line in steps_of(lines)] == list(range(1, 13))
     assert (tmp_path / "out/toy/model/model.safetensors").exists()
@@ -1004,8 +1081,15 @@ def test_a_run_does_not_replace_what_it_reads(folder, tmp_path, capsys):
     out = tmp_path / "run"
     GPT.from_pretrained(folder / "model").save_pretrained(out / "model")
     data = str(folder / "ids.jsonl")
-    code = train.main(["--model", str(out / "model"), "--data", data, "--out", str(out), "--overwrite"])
-    assert code == 2 and "choose another folder" in capsys.readouterr().err and (out / "model" / "config.json").exists()
+    inside = write_rows(out / "model" / "ids.jsonl", id_rows(9))
+    for model, files in (
+        (out / "model", [data]),
+        (folder / "model", [inside]),
+        (folder / "model", [data, "--eval-data", inside]),
+    ):
+        code, said = ended(["--model", model, "--out", out, "--overwrite", "--data", *files], capsys)
+        assert code == 2 and "choose another folder" in said and (out / "model" / "config.json").exists()
+        assert inside.exists()
 
 
 def test_several_data_flags_add_up():
@@ -1034,7 +1118,7 @@ def test_a_cached_reference_gives_the_references_hidden_states_and_runs_none(dty
     flags = flags_of(cache_reference=str(tmp_path / "cache"), epsilon_check=0.0, dtype=dtype, **REAL)
     cached = train.CachedReference(reference, pairs, flags)
     (file,) = (tmp_path / "cache").iterdir()
-    assert file.stat().st_size == 4 * 16 * sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    assert file.stat().st_size == 4 + 4 * 16 * sum(len(p.chosen) + len(p.rejected) for p in pairs)
     for group in ([0], [8, 3], [2, 1, 0, 5], list(range(9))[::-1]):  # any order, any company
         batch = collate([pairs[i] for i in group])
         where = (batch.tokens, batch.positions, batch.segments, batch.source, lambda *both: both)
@@ -1079,7 +1163,12 @@ def test_a_cache_belongs_to_its_pairs_model_and_dtype(tmp_path, monkeypatch):
     for given in ({"pairs": pairs_of(id_rows(4, seed=1))}, {"model": other}, {"model": theta}, {"dtype": "bfloat16"}):
         assert len(make(**given)) == 1, given
     assert not make(lr=7.0, epsilon=0.2) and not make(pairs=pairs[::-1])  # as when others of them are held out
-    first.write_bytes(first.read_bytes()[:-4])
+    whole = first.read_bytes()
+    for at in (0, len(whole) // 2, len(whole) - 1):
+        first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=f"{first.name}: damaged, .*delete it"):
+            make()
+    first.write_bytes(whole[:-4])
     with pytest.raises(ValueError, match=f"{first.name}: .* expected: delete it"):
         make()
     first.unlink()
@@ -1097,7 +1186,7 @@ def test_a_cache_belongs_to_its_pairs_model_and_dtype(tmp_path, monkeypatch):
         assert not first.exists()
     assert make() == {first}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
-    with pytest.raises(ValueError, match="cache.* 0.0 GB left"):
+    with pytest.raises(ValueError, match="cache.* has 0.000 GB for"):
         make(dtype="float16")
     assert not make()  # what is there needs no room
 
