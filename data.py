@@ -132,8 +132,8 @@ def tokens_of(config: dict) -> tuple[dict[str, dict], list[dict], list[dict]]:
     arguments; found where transformers finds them."""
 
     def token(found: str | dict) -> dict:
-        found = found if isinstance(found, dict) else {"content": found}
-        return {"special": True} | {key: value for key, value in found.items() if key not in ("__type", "id")}
+        found = found if isinstance(found, dict) else {"content": found, "special": True}
+        return {key: value for key, value in found.items() if key != "__type"}
 
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     named = {k: v for k, v in config.items() if k in NAMES or k.endswith("_token") and isinstance(v, str | dict)}
@@ -226,10 +226,9 @@ class Tokenizer:
     @cached_property
     def bos_opens_answers(self) -> bool:
         """Whether the bos_token begins every turn, as ChatML's <|im_start|> does where a config names it so."""
+        question = [{"role": "user", "content": MARK}]
         try:
-            return (
-                self.special["bos_token"] in self.render([{"role": "user", "content": MARK}], True).rpartition(MARK)[2]
-            )
+            return self.special["bos_token"] in self.render(question, True).rpartition(MARK)[2]
         except ValueError:  # no template, or one that refuses
             return True
 

@@ -401,12 +401,8 @@ def _check_beta(beta: float, epsilon_step: float) -> None:
 
 def _check_logits(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, epsilon_check: float) -> None:
     shape = tuple(policy_logits.shape)
-    if (
-        policy_logits.shape != ref_logits.shape
-        or 0 in shape[-1:]
-        or not shape
-        or labels.shape != policy_logits.shape[:-1]
-    ):
+    shapes = {shape, tuple(ref_logits.shape), (*labels.shape, *shape[-1:])}
+    if len(shapes) > 1 or not shape or not shape[-1]:
         found = f"{shape}, {tuple(ref_logits.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"logits (..., V) of both models and labels (...) expected, found {found}")
     if not (policy_logits.is_floating_point() and ref_logits.is_floating_point()):

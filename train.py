@@ -244,7 +244,7 @@ class CachedReference(torch.nn.Module):
             raise ValueError(f"--cache-reference {folder}: no folder can be made there: {e}") from e
         if not file.exists():
             if (room := shutil.disk_usage(folder).free) < size:
-                raise ValueError(f"--cache-reference {folder}: has {room / 1e9:.3f} GB for {size / 1e9:.3f} GB")
+                raise ValueError(f"--cache-reference {folder}: has room for {room / 1e9:.3f} GB of {size / 1e9:.3f}")
             replace_file(file, lambda f: f.writelines(with_checksum(self.states_of(policy, pairs, flags))))
         if file.stat().st_size != size:
             raise ValueError(f"{file}: {file.stat().st_size} bytes, {size} expected: delete it, to have it made again")
@@ -590,7 +590,7 @@ def train(
             need = count(policy) * (4 + 24 * bool(flags.save_every))  # the new checkpoint beside the old one
             held = sum(x.stat().st_size for x in (out / "checkpoint.pt", out / "model" / SINGLE) if x.exists())
             if (room := shutil.disk_usage(out).free + held) < need:
-                raise ValueError(f"--out {out}: has {room / 1e9:.3f} GB for the {need / 1e9:.3f} GB of this run")
+                raise ValueError(f"--out {out}: has room for {room / 1e9:.3f} GB of this run's {need / 1e9:.3f}")
         if resumed := flags.resume and (out / "checkpoint.pt").exists():
             done, lines = load_checkpoint(out, policy, optimizer, method, who)
         file = begin(out, flags, lines, resumed) if rank == 0 else None

@@ -1186,7 +1186,7 @@ def test_a_cache_belongs_to_its_pairs_model_and_dtype(tmp_path, monkeypatch):
         assert not first.exists()
     assert make() == {first}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
-    with pytest.raises(ValueError, match="cache.* has 0.000 GB for"):
+    with pytest.raises(ValueError, match="cache.* has room for 0.000 GB"):
         make(dtype="float16")
     assert not make()  # what is there needs no room
 
