@@ -196,6 +196,12 @@ MUTANTS = [
             ("a damaged cache is read", "if checksum != np.memmap", "if False and checksum != np.memmap"),
             ("weights that are not finite are saved", "if not all(x.isfinite().all() for x in weights.values())", "if False"),
             ("files of others are deleted", "f\".{name}.[0-9]*.tmp\"", "\".*.tmp\""),
+            ("held-out pairs are trained on", "[pairs[i] for i in np.sort(order[held:])]", "[pairs[i] for i in np.sort(order)]"),
+            ("other pairs are held out for another seed", "np.random.default_rng(0).permutation(len(pairs))", "np.random.default_rng(flags.seed).permutation(len(pairs))"),
+            ("flags.json is written anew on resume", "if not (resumed and (out / \"flags.json\").exists()):", "if True:"),
+            ("templates write the date of the resume", "if tokenizer and flags.resume and", "if False and"),
+            ("answers end as another row's", "ends.most_common(1)[0][0]", "ends.most_common()[-1][0]"),
+            ("a frozen policy stays frozen", "policy.requires_grad_(True)", "policy.train()"),
             ("the same pairs in every step", "[place * flags.batch_size :]", "[0:]"),
         ],
     }.items()

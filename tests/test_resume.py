@@ -611,6 +611,29 @@ def test_flags_json_is_that_of_the_run_that_lies_there(folder, own, tmp_path):
     assert train.main(argv_of(folder, out, "--steps", 1, "--resume", "--lr", 3e-3)) == 0 and lr() == 3e-3
 
 
+class Words:
+    """What `real_job` asks of a tokenizer, for rows of token ids."""
+
+    bos_length = staticmethod(lambda ids: 0)
+    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
+
+
+def test_a_resumed_run_keeps_its_flags_date_and_ends_answers_as_the_data_do(folder, own, tmp_path, monkeypatch):
+    model, words, ends = Path(shutil.copytree(folder / "model", tmp_path / "model")), Words(), set()
+    (model / "tokenizer.json").write_text("{}")
+    os.utime(own / "flags.json", (1e9, 1e9))
+    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: words)
+    generate = GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda *a, eos, **k: ends.add(eos) or generate(*a, eos=eos, **k))
+    before = (own / "flags.json").read_bytes()
+    argv = argv_of(folder, own, "--resume", "--eval-every", 4, "--samples", 1, model=str(model))
+    assert train.main(argv) == 0
+    assert words.now.timestamp() == 1e9 == (own / "flags.json").stat().st_mtime
+    assert (own / "flags.json").read_bytes() == before
+    lasts = [json.loads(line)["chosen"][-1] for line in (folder / "ids.jsonl").read_text().splitlines()]
+    assert len(ends) == 1 and lasts.count(*ends) == max(map(lasts.count, lasts))
+
+
 def test_a_disk_too_small_is_refused_before_training_time_is_spent(folder, mounted, capsys):
     disk = mounted("size=60k")  # a checkpoint takes 90
     code, said = ended(argv_of(folder, disk / "out", "--save-every", 3), capsys)

@@ -1095,6 +1095,31 @@ def test_a_run_does_not_replace_what_it_reads(folder, tmp_path, capsys):
         assert inside.exists()
 
 
+@pytest.mark.parametrize("size, held", [(0, 0), (6, 6), (100, 10)])  # at most a third of 31
+def test_held_out_pairs_are_not_trained_on_and_the_same_for_every_seed(size, held, folder, tmp_path, monkeypatch):
+    seen = []
+
+    def note(policy, reference, pairs, flags, eval_pairs, out):
+        seen.append([[pair.line for pair in some] for some in (pairs, eval_pairs)])
+        return []
+
+    monkeypatch.setattr(train, "train", note)
+    monkeypatch.setattr(train, "leave_results", lambda *_: None)
+    for seed in (0, 1):
+        argv = ["--model", folder / "model", "--data", folder / "ids.jsonl", "--eval-size", size, "--seed", seed]
+        assert train.main([str(x) for x in [*argv, "--out", tmp_path / f"{seed}"]]) == 0
+    (pairs, eval_pairs), other = seen
+    assert other == [pairs, eval_pairs] and len(eval_pairs) == held
+    assert sorted(pairs + eval_pairs) == list(range(1, 32))
+
+
+def test_a_frozen_policy_is_trained_all_the_same():
+    policy, reference = two_models()
+    before = copy.deepcopy(policy)
+    train.train(policy.requires_grad_(False), reference, pairs_of(id_rows(4)), flags_of(steps=1))
+    assert not same_bits(before, policy)
+
+
 def test_several_data_flags_add_up():
     argv = ["--model", "m", "--out", "o", "--data", "a", "b", "--data", "c"]
     assert list(train.parse_flags(argv).data) == ["a", "b", "c"] and list(train.parse_flags([]).data) == []
