@@ -570,13 +570,13 @@ def train(
     Raises ValueError, before the optimizer step, for a loss or gradient that is not finite; KeyboardInterrupt when
     asked to stop, after saving.
     """
-    if not pairs:
-        raise ValueError("no pairs to train on")
     method = method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
     rank, world = rank_and_world()
     shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
     if shared and world == 1:
         raise ValueError("the reference shares storage with the policy: it would move with it; give it a copy")
+    if not pairs:
+        raise ValueError("no pairs to train on")
     policy.requires_grad_(True)
     reference.requires_grad_(False)
     policy.gradient_checkpointing = flags.gradient_checkpointing
