@@ -68,7 +68,7 @@ VALUES = {  # (a value, dice) -> JSON that takes its place
     "empty text": lambda value, dice: '""',
     "half a character": lambda value, dice: '"\\ud800"',
     "text with a NUL": lambda value, dice: '"a\\u0000b"',
-    "a megabyte": lambda value, dice: f'"{"a" * 10**6}"',
+    "400 kB of text": lambda value, dice: f'"{"a" * 400_000}"',
     "in a list": lambda value, dice: json.dumps([value]),
     "in an object": lambda value, dice: json.dumps({"a": value}),
     "nothing in it": lambda value, dice: dice.choice(["[]", "{}"]),
