@@ -129,7 +129,7 @@ def normal(message: dict) -> dict:
 
 def tokens_of(config: dict) -> tuple[dict[str, dict], list[dict], list[dict]]:
     """The tokens that a tokenizer_config.json names, lists with their flags, and adds, each as tokenizers.AddedToken's
-    arguments; found where transformers finds them."""
+    arguments; all three as in transformers."""
 
     def token(found: str | dict) -> dict:
         found = found if isinstance(found, dict) else {"content": found, "special": True}
@@ -173,6 +173,7 @@ class Tokenizer:
                     extra.append(known.get(token["content"]) or tokenizers.AddedToken(**token))
                     extra[-1].special = True
             self.backend.add_tokens(extra)
+            self.backend.encode_special_tokens = config.get("split_special_tokens") is True
             self.backend.no_truncation()  # these three, left over from its own training, would
             self.backend.no_padding()  # cut, pad and vary texts without a word
             if getattr(self.backend.model, "dropout", None):
@@ -207,7 +208,7 @@ class Tokenizer:
         Raises BadRow for a text that the tokenizer fails on."""
         try:
             ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # an unknown token without an unk_token; and see above
             raise BadRow("cannot be encoded", f"{error} (the tokenizer of {self.folder})") from error
@@ -374,15 +375,13 @@ def one_form(row: dict) -> tuple[str, list]:
     if form == "text" and beside == "messages":
         form, chosen, rejected = "messages", *([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     places = None
-    if form == beside == "text":  # whole dialogues beside the prompt that is in them
-        same = [text.startswith(prompt) for text in (chosen, rejected)]
-        whole = [
-            TURN in text and (text.startswith(HUMAN) or TURN in prompt and text.startswith(prompt))
-            for text in (chosen, rejected)
-        ]
-        if any(whole) and not all(whole + same):
+    if form == beside == "text":  # whole dialogues may stand beside a prompt, but must repeat it
+        dialogues = [text for text in (chosen, rejected) if TURN in text]
+        repeats = sum(bool(prompt.strip()) and text.startswith(prompt) for text in dialogues)
+        if repeats == 1 or repeats == 0 and sum(text.startswith(HUMAN) for text in dialogues) == 2:
             raise BadRow("two prompts", f"prompt is {prompt!r:.60}, chosen {chosen!r:.60}, rejected {rejected!r:.60}")
-        chosen, rejected = (text[len(prompt) * all(whole) :] for text in (chosen, rejected))
+        if repeats:
+            places, prompt = [len(prompt), *(mark.end() for mark in re.finditer(TURN, chosen))], None
     if form == "text" and beside == "absent":
         places = [mark.end() for mark in re.finditer(TURN, chosen)]
     elif form == "messages" and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
@@ -522,8 +521,8 @@ def load_pairs(
             report.prompt_tokens += len(short[0])
             report.response_tokens += len(short[1]) + len(short[2])
             if form != "token ids":
-                fields = [item for part in parts if form == "messages" for message in part for item in message.items()]
-                said = [str(value) for key, value in fields if key != "role"] if fields else parts
+                fields = (item for part in parts if form == "messages" for message in part for item in message.items())
+                said = parts if form == "text" else [str(value) for key, value in fields if key != "role"]
                 report.special += any(map(tokenizer.control.search, said))
     return pairs, report
 

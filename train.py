@@ -401,9 +401,9 @@ def claim(out: Path, flags: Flags) -> None:
 
 def begin(out: Path, flags: Flags, lines: list[dict[str, float]], resumed: bool) -> TextIO:
     """Make `out` this run's, now that all is checked, and open metrics.jsonl behind the lines it has so far."""
-    for name in ("flags.json", *RESULTS, "*"):  # saves that were killed
-        for torn in (out / "model" if name == "*" else out).glob(f".{name}.[0-9]*.tmp"):
-            torn.unlink()
+    torn = [x for name in ("flags.json", *RESULTS) for x in out.glob(f".{name}.[0-9]*.tmp")]
+    for path in (*torn, *(out / "model").rglob(".*.[0-9]*.tmp")):  # saves that were killed
+        path.unlink()
     for path in () if resumed else (out / name for name in RESULTS):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     if not (resumed and (out / "flags.json").exists()):  # its time stays that of the start, which `real_job` asks for
@@ -747,7 +747,8 @@ def real_job(flags: Flags, device: torch.device) -> None:
         raise ValueError("--cache-reference is for one process")
     config = Config.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
-    if tokenizer and flags.resume and (out / "flags.json").exists():  # templates may write the date: that of the start
+    old = (out / "flags.json").exists() and (out / "checkpoint.pt").exists()
+    if tokenizer and flags.resume and old:  # templates may write the date: that of the start
         tokenizer.now = datetime.fromtimestamp((out / "flags.json").stat().st_mtime)
     rules = {name: getattr(flags, name) for name in ("max_length", "max_prompt_length", "skip_bad_rows")}
     rules |= {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "progress": rank_and_world()[0] == 0}

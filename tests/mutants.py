@@ -118,7 +118,7 @@ MUTANTS = [
             ("names in an older file", "else config | older)", "else config)"),
             ("a template's BOS is cut when it opens each question", "(ids.count(bos) == 1 or not self.bos_opens_answers)", "ids.count(bos) == 1"),
             ("a template's BOS is cut when its probe is refused", "or one that refuses\n            return True", "or one that refuses\n            return False"),
-            ("a prompt twice in one answer", "if any(whole) and not all(whole + same):", "if False:"),
+            ("a prompt twice in one answer", "if repeats == 1 or repeats == 0 and", "if repeats == 0 and"),
             ("roles are words said", "if key != \"role\"]", "]"),
         ],
         "model.py": [
@@ -199,7 +199,7 @@ MUTANTS = [
             ("held-out pairs are trained on", "[pairs[i] for i in np.sort(order[held:])]", "[pairs[i] for i in np.sort(order)]"),
             ("other pairs are held out for another seed", "np.random.default_rng(0).permutation(len(pairs))", "np.random.default_rng(flags.seed).permutation(len(pairs))"),
             ("flags.json is written anew on resume", "if not (resumed and (out / \"flags.json\").exists()):", "if True:"),
-            ("templates write the date of the resume", "if tokenizer and flags.resume and", "if False and"),
+            ("templates write the date of the resume", "if tokenizer and flags.resume and old", "if False"),
             ("answers end as another row's", "ends.most_common(1)[0][0]", "ends.most_common()[-1][0]"),
             ("a frozen policy stays frozen", "policy.requires_grad_(True)", "policy.train()"),
             ("the same pairs in every step", "[place * flags.batch_size :]", "[0:]"),

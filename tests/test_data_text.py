@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,7 @@ def test_a_prompt_beside_whole_dialogues_as_text_is_not_doubled(tmp_path, kinds)
         (HEAD_TEXT, HEAD_TEXT + " yes", " no"),
         (HEAD_TEXT, " yes", HEAD_TEXT + " no"),
         ("He said", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
+        ("", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
         ("\n\nHuman: Ho", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
         ("\n\nHuman: He said", HEAD_TEXT + " yes", "\n\nHuman: He said no"),
     ],
@@ -345,8 +347,26 @@ def test_whole_dialogues_beside_another_prompt_are_refused(prompt, chosen, rejec
 
 def test_a_prompt_that_ends_before_the_answers_turn(tmp_path, kinds):
     beside = {"prompt": "\n\nHuman: He said", "chosen": HEAD_TEXT + " yes", "rejected": HEAD_TEXT + " no"}
-    _, parts = data.one_form(beside)
-    assert parts == ["\n\nHuman: He said", "\n\nAssistant: yes", "\n\nAssistant: no"]
+    assert data.one_form(beside) == ("text", [HEAD_TEXT, " yes", " no"])
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, "\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"]
+)
+def test_dialogues_part_at_one_place_whatever_prompt_stands_beside_them(prompt):
+    head = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"prompt": prompt, "chosen": head + " yes", "rejected": head + " no"}
+    assert data.one_form(row) == ("text", [head, " yes", " no"])
+
+
+def test_dialogues_without_their_first_line_breaks():
+    row = text_row("Human: a", "Human: a\n\nAssistant: yes", "Human: a\n\nAssistant: no")
+    assert data.one_form(row) == ("text", ["Human: a\n\nAssistant:", " yes", " no"])
+
+
+def test_an_answer_that_goes_on_with_other_turns_is_an_answer():
+    for answers in ((" yes", "\n\nHuman: next\n\nAssistant: no"), (" b\n\nHuman: c\n\nAssistant: d", " e")):
+        assert data.one_form(text_row(HEAD_TEXT, *answers)) == ("text", [HEAD_TEXT, *answers])
 
 
 REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
@@ -765,6 +785,7 @@ PLAIN = [token for token in SPECIAL if token not in ("<|im_start|>", "<|im_end|>
         ({}, NAMED | {"eos_token": TOKEN | {"__type": "AddedToken", "rstrip": True}}, {}),
         ({}, NAMED | {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "~~new~~"]}, {}),
         ({}, NAMED | {"extra_special_tokens": ["<|im_end|>"]}, {}),
+        ({}, NAMED | {"split_special_tokens": True}, {}),
         ({}, NAMED | {"extra_special_tokens": {"eot_token": "<|im_end|>"}}, {}),
         ({}, NAMED | {"model_specific_special_tokens": {"eot_token": "<|im_end|>"}}, {}),
         ({}, NAMED | {"eot_token": "<|im_end|>", "add_bos_token": False}, {}),
@@ -815,9 +836,21 @@ def test_a_text_that_the_tokenizer_fails_on_is_a_bad_row(tmp_path, model):
     rows = [text_row("a", "aé", "aa")]
     if not tokenizer.encode(["a"], False)[0] or isinstance(model, models.WordLevel):
         rows = [text_row("b", "c", "d")]
+    for error in (MemoryError, KeyboardInterrupt):  # no fault of the row
+        tokenizer.backend, backend = types.SimpleNamespace(encode_batch_fast=raising(error)), tokenizer.backend
+        with pytest.raises(error):
+            load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)
+        tokenizer.backend = backend
     with pytest.raises(ValueError, match="a:1: cannot be encoded: .*the tokenizer of .*m"):
         load(tmp_path / "a", rows, tokenizer)
     assert load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)[1].bad == {"cannot be encoded": 1}
+
+
+def raising(error):
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
 
 
 def test_typed_special_tokens_are_counted_by_what_was_said(with_template, tmp_path):

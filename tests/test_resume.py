@@ -634,6 +634,18 @@ def test_a_resumed_run_keeps_its_flags_date_and_ends_answers_as_the_data_do(fold
     assert len(ends) == 1 and lasts.count(*ends) == max(map(lasts.count, lasts))
 
 
+def test_a_run_that_starts_again_before_its_first_checkpoint_takes_the_new_date(folder, own, tmp_path, monkeypatch):
+    model, words = Path(shutil.copytree(folder / "model", tmp_path / "model")), Words()
+    (model / "tokenizer.json").write_text("{}")
+    (own / "checkpoint.pt").unlink()
+    flags = json.loads((own / "flags.json").read_text())
+    (own / "flags.json").write_text(json.dumps(flags | {"save_every": 1}))
+    os.utime(own / "flags.json", (1e9, 1e9))
+    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: words)
+    assert train.main(argv_of(folder, own, "--resume", "--steps", 1, "--samples", 0, model=str(model))) == 0
+    assert not hasattr(words, "now") and (own / "flags.json").stat().st_mtime > 1e9
+
+
 def test_a_disk_too_small_is_refused_before_training_time_is_spent(folder, mounted, capsys):
     disk = mounted("size=60k")  # a checkpoint takes 90
     code, said = ended(argv_of(folder, disk / "out", "--save-every", 3), capsys)
