@@ -374,16 +374,14 @@ def one_form(row: dict) -> tuple[str, list]:
         raise BadRow(reason, f"{found}; all three as text, messages or token ids are expected")
     if form == "text" and beside == "messages":
         form, chosen, rejected = "messages", *([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    places = None
+    places, repeats = None, 0
     if form == beside == "text":  # whole dialogues may stand beside a prompt, but must repeat it
         dialogues = [text for text in (chosen, rejected) if TURN in text]
         repeats = sum(bool(prompt.strip()) and text.startswith(prompt) for text in dialogues)
         if repeats == 1 or repeats == 0 and sum(text.startswith(HUMAN) for text in dialogues) == 2:
             raise BadRow("two prompts", f"prompt is {prompt!r:.60}, chosen {chosen!r:.60}, rejected {rejected!r:.60}")
-        if repeats:
-            places, prompt = [len(prompt), *(mark.end() for mark in re.finditer(TURN, chosen))], None
-    if form == "text" and beside == "absent":
-        places = [mark.end() for mark in re.finditer(TURN, chosen)]
+    if form == "text" and (beside == "absent" or repeats):
+        places, prompt = [len(prompt or ""), *(mark.end() for mark in re.finditer(TURN, chosen))], None
     elif form == "messages" and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
         both = enumerate(zip(chosen, rejected))
         places = [i for i, (a, b) in both if a["role"] == b["role"] == "assistant"]

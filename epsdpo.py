@@ -266,7 +266,8 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     else:
         delta_minus, delta_plus = (-_log_mean_exp(p, log_p, s * u, torch.expm1, lambda a: 1.0) for s in points[:2])
         kl = _log_mean_exp(p, log_p, u_mean[:, None] - u, _expm1_minus_x, lambda a: 1 + a)
-    # Rounding: of the increments, 2⁻¹⁶·E_p|expm1(±εu)| ≤ 2⁻¹⁶·E_p|u|·expm1(a)/max|u|, a = ε·max|u|, and of d itself.
+    # Rounding: of the increments, 2⁻¹⁶·E_p|expm1(±εu)| ≤ 2⁻¹⁶·E_p|u|·expm1(a)/max|u|, a = ε·max|u|, of d itself
+    # and, where they are huge, of the increments in float64.
     growth = (epsilon * size).clamp(max=600).expm1() / size.clamp(min=1e-300)
     delta, eps = torch.maximum(delta_minus.abs(), delta_plus.abs()), torch.finfo(f.dtype).eps
     floor = 2.0**-16 * (u_abs * growth).maximum(delta).clamp(max=1.0) + 2.0**-50 * delta + 1e-37

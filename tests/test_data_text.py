@@ -345,7 +345,7 @@ def test_whole_dialogues_beside_another_prompt_are_refused(prompt, chosen, rejec
         data.one_form({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
-def test_a_prompt_that_ends_before_the_answers_turn(tmp_path, kinds):
+def test_a_prompt_that_ends_before_the_answers_turn():
     beside = {"prompt": "\n\nHuman: He said", "chosen": HEAD_TEXT + " yes", "rejected": HEAD_TEXT + " no"}
     assert data.one_form(beside) == ("text", [HEAD_TEXT, " yes", " no"])
 
@@ -769,7 +769,6 @@ TOKEN = {
     "normalized": False,
     "special": True,
 }
-PLAIN = [token for token in SPECIAL if token not in ("<|im_start|>", "<|im_end|>")]
 
 
 @pytest.mark.parametrize(

@@ -1002,6 +1002,12 @@ def test_the_toy_replaces_its_own_run_and_nothing_else(quick_toy, folder, capsys
     assert code == 2 and snapshot(quick_toy) == before
 
 
+def test_a_toy_that_has_not_moved_says_so(quick_toy, capsys):
+    assert train.main(["--eval-size", "8", "--batch-size", "32", "--steps", "1", "--lr", "1e-12"]) == 0
+    said = capsys.readouterr().out
+    assert "has nothing of the gain" in said and "nan" not in said
+
+
 def test_the_toys_dpo_is_the_run_without_a_step_of_beta(quick_toy, capsys):
     def rows(*more: str) -> dict[str, list[str]]:
         few = ["--eval-size", "8", "--batch-size", "32", "--steps", "6", "--epsilon", "0.3", "--overwrite"]
@@ -1111,6 +1117,13 @@ def test_held_out_pairs_are_not_trained_on_and_the_same_for_every_seed(size, hel
     (pairs, eval_pairs), other = seen
     assert other == [pairs, eval_pairs] and len(eval_pairs) == held
     assert sorted(pairs + eval_pairs) == list(range(1, 32))
+
+
+def test_a_process_that_does_not_write_needs_no_folder(tmp_path, monkeypatch):
+    """On a second node --out may not be there."""
+    monkeypatch.setattr(train, "rank_and_world", lambda: (1, 2))
+    assert train.train(*two_models(), pairs_of(id_rows(4)), flags_of(steps=1), out=tmp_path / "elsewhere")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_frozen_policy_is_trained_all_the_same():
