@@ -49,10 +49,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-import toy
-from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, micro_batches, row_length, show_pair
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta, sum_over_responses
-from model import GPT, SINGLE, Config, replace_file
+from model import GPT, Config
+from support import toy
+from support.checkpoint import SINGLE, load_model, read_config, save_model
+from support.data import load_pairs, show_pair
+from support.files import replace_file
+from support.rows import Batch, Pair, collate, epoch_order, micro_batches, row_length
+from support.text import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -684,7 +688,8 @@ def memory_gb(device: torch.device) -> float:
 
 TOY_PAIRS, TOY_SCALE = 16384, 1.0  # pairs of the toy world; what a point of reward counts in its Bradley–Terry labels
 TOY_MODEL = {"vocab_size": 6, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
-TOY_MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8}
+TOY_MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 8}
+TOY_MODEL |= {"windows": (None, None)}
 
 
 def toy_job(flags: Flags, device: torch.device) -> None:
@@ -745,7 +750,7 @@ def real_job(flags: Flags, device: torch.device) -> None:
     out, folder = Path(flags.out), Path(flags.model)
     if flags.cache_reference and rank_and_world()[1] > 1:
         raise ValueError("--cache-reference is for one process")
-    config = Config.from_json(folder / "config.json")
+    config = read_config(folder)
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     old = (out / "flags.json").exists() and (out / "checkpoint.pt").exists()
     if tokenizer and flags.resume and old:  # templates may write the date: that of the start
@@ -770,20 +775,20 @@ def real_job(flags: Flags, device: torch.device) -> None:
         print(f"held out: {held} of them, {len(pairs):,} to train on")
     if not pairs or (flags.eval_data and not eval_pairs):
         raise ValueError("--data or --eval-data: no usable pair is left")
-    policy = GPT.from_pretrained(folder, device=device, prepare=shard)
+    policy = load_model(folder, device=device, prepare=shard)
     print(forecast(policy, pairs, flags))
     if flags.cache_reference:
         reference = CachedReference(policy, [*pairs, *eval_pairs], flags)
         print("with it, the first steps need not be 0: other micro-batches round otherwise")
     else:
-        reference = GPT.from_pretrained(folder, device=device, prepare=shard)
+        reference = load_model(folder, device=device, prepare=shard)
     shown = eval_pairs[: flags.samples] if rank_and_world()[1] == 1 and tokenizer else []
     ends = Counter(int(pair.chosen[-1]) for pair in [*pairs, *eval_pairs] if not pair.cut[1]) or Counter([-1])
     before = answers(policy, shown, end := ends.most_common(1)[0][0])
     leave_results(policy, train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out), out)
     if flags.cache_reference and eval_pairs:
         cached, fresh = (
-            decisions(policy, x, eval_pairs, flags) for x in (reference, GPT.from_pretrained(folder, device=device))
+            decisions(policy, x, eval_pairs, flags) for x in (reference, load_model(folder, device=device))
         )
         print(
             f"{(cached != fresh).sum()} of {len(fresh)} held-out decisions differ from those of a reference run afresh"
@@ -832,7 +837,7 @@ def leave_results(policy: GPT, lines: list[dict[str, float]], out: Path) -> None
         return
     whole = GPT(policy.config)
     whole.load_state_dict(weights)
-    whole.save_pretrained(out / "model", source=policy.source)
+    save_model(whole, out / "model", source=policy.source)
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
 

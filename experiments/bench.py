@@ -21,16 +21,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 import train
-from data import Pair, Tokenizer, collate, load_pairs, row_length
 from epsdpo import EpsDPOLoss, TokenStats, _LinearTokenStats, epsdpo_loss, linear_token_stats, perturbed_logits
-from model import GPT, Config
+from model import GPT
+from support.checkpoint import load_model, read_config, resolve
+from support.data import load_pairs
+from support.rows import Pair, collate, row_length
+from support.text import Tokenizer
 
 WAYS = ("ours", "cached", "dpo", "usual", "trl")
 SHAPE = "vocab_size=2048,hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4"
@@ -57,11 +59,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
     """The pairs, and how to make a model."""
     if args.model:
-        config, tokenizer = Config.from_json(Path(args.model) / "config.json"), Tokenizer.from_pretrained(args.model)
+        config, tokenizer = read_config(args.model), Tokenizer.from_pretrained(args.model)
         rules = {"vocab_size": config.vocab_size, "max_length": args.max_length, "skip_bad_rows": True}
         pairs = load_pairs([args.data], tokenizer, progress=False, **rules)[0]
-        return pairs[: args.pairs], lambda: GPT.from_pretrained(args.model, device=args.device)
-    config = Config(**{key: json.loads(value) for key, value in (item.split("=") for item in args.shape.split(","))})
+        return pairs[: args.pairs], lambda: load_model(args.model, device=args.device)
+    shape = {key: json.loads(value) for key, value in (item.split("=") for item in args.shape.split(","))}
+    config = resolve({"model_type": "llama"} | shape)
     sizes, dice = [int(n) for n in args.lengths.split(",")], torch.Generator().manual_seed(0)
     ids = [
         [torch.randint(config.vocab_size, (n,), generator=dice).int().numpy() for n in sizes] for _ in range(args.pairs)

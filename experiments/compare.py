@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import toy
-from data import Pair
 from epsdpo import beta_steps, epsdpo_loss, perturbed_logits
 from experiments import peers
 from model import GPT, Config
+from support import toy
+from support.rows import Pair
 from train import TOY_MODEL, TOY_SCALE, EpsDPO, Flags, train
 
 CACHE, RESULTS = Path("out/compare"), Path(__file__).parent / "results"

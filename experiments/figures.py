@@ -11,10 +11,11 @@ import torch
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-import toy
-from data import Pair, collate
 from epsdpo import beta_steps, linear_token_stats, perturbed_logits, token_stats
 from model import GPT, Config, visible
+from support import toy
+from support.checkpoint import resolve
+from support.rows import Pair, collate
 from train import TOY_MODEL, TOY_PAIRS, TOY_SCALE, EpsDPO, Flags, accumulate, memory_gb, train
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind readers too
@@ -161,7 +162,7 @@ def step_seconds(n: int) -> float:
     """Computing time of a step's forward and backward passes on n pairs of 96 tokens, the least of four."""
     torch.set_num_threads(1)
     sizes = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
-    policy, reference = (GPT(Config(**sizes | {"num_attention_heads": 4})) for _ in range(2))
+    policy, reference = (GPT(resolve({"model_type": "llama", "num_attention_heads": 4} | sizes)) for _ in range(2))
     dice, flags = np.random.default_rng(0), Flags(micro_tokens=384)
     pairs = [Pair(*dice.integers(4096, size=(3, 32), dtype=np.int32)) for _ in range(n)]
     times = []

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Batch, Pair, collate
 from epsdpo import EpsDPOLoss, TokenStats
 from model import GPT
+from support.rows import Batch, Pair, collate
 from train import compare
 
 

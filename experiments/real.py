@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data import Batch, Pair, Tokenizer, collate, epoch_order, load_pairs, row_length
 from epsdpo import TokenStats, beta_steps, linear_token_stats, perturbed_logits, sum_over_responses
 from experiments.compare import RESULTS, kept, means, quiet, show, write
-from model import GPT, Config
+from model import GPT
+from support.checkpoint import load_model, read_config
+from support.data import load_pairs
+from support.rows import Batch, Pair, collate, epoch_order, row_length
+from support.text import Tokenizer
 from train import EpsDPO, Flags, evaluate, learning_rate, train
 
 CACHE = Path("out/real")
@@ -186,7 +189,7 @@ def draw(rows: list[dict], file: Path) -> None:
 
 def run(name: str, seed: int, model: str, pairs: list[Pair], unseen: list[Pair]) -> dict:
     """A run's held-out numbers and decisions."""
-    policy, reference = (GPT.from_pretrained(model) for _ in range(2))
+    policy, reference = (load_model(model) for _ in range(2))
     flags = Flags(beta=BETA, epsilon=EPSILON, lr=LR, batch_size=BATCH, steps=STEPS, micro_tokens=512, seed=seed)
     # the pairs of the first steps, in `train`'s order
     seen = [pairs[i] for i in epoch_order(len(pairs), seed, 0)[:SEEN]]
@@ -207,7 +210,7 @@ def main() -> None:
     asked = [args.model, args.data, LENGTH, UNSEEN, SEEN, BATCH, STEPS, LOOKS, BETA, EPSILON, LR]
     if (before := kept(CACHE / "settings.json", repr, asked)) != repr(asked):
         parser.error(f"{CACHE} holds runs of {before}; delete it to run {asked}")
-    rules = {"vocab_size": Config.from_json(Path(args.model) / "config.json").vocab_size, "skip_bad_rows": True}
+    rules = {"vocab_size": read_config(args.model).vocab_size, "skip_bad_rows": True}
     pairs, _ = load_pairs(args.data, Tokenizer.from_pretrained(args.model), max_length=512, **rules)
     pairs = [pair for pair in pairs if row_length(pair) <= LENGTH]
     order = np.random.default_rng(0).permutation(len(pairs))
@@ -229,7 +232,7 @@ def main() -> None:
                 draw(found, RESULTS / "question4.svg")
             show(found)
             flags = Flags(lr=LR, steps=STEPS)
-            show(on_the_grid(GPT.from_pretrained(args.model), [learning_rate(i, STEPS, flags) for i in range(STEPS)]))
+            show(on_the_grid(load_model(args.model), [learning_rate(i, STEPS, flags) for i in range(STEPS)]))
     write(rows, RESULTS / "question8.csv")
     show(rows)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import toy
 import train
+from support import toy
+from support.checkpoint import save_model
 from tests.runs import id_rows, tiny_model, write_rows
 
 
@@ -29,9 +30,9 @@ def alone(monkeypatch):
 def folder(tmp_path_factory) -> Path:
     """A folder with the checkpoints `model`, `tied` and `other`, and `ids.jsonl` of 31 pairs, `held.jsonl` of 7."""
     root = tmp_path_factory.mktemp("runs")
-    tiny_model().save_pretrained(root / "model")
-    tiny_model(tied=True).save_pretrained(root / "tied")
-    tiny_model(seed=1).save_pretrained(root / "other")
+    save_model(tiny_model(), root / "model")
+    save_model(tiny_model(tied=True), root / "tied")
+    save_model(tiny_model(seed=1), root / "other")
     write_rows(root / "ids.jsonl", id_rows(31))
     write_rows(root / "held.jsonl", id_rows(7, seed=1))
     return root

@@ -15,8 +15,9 @@ from random import Random
 import safetensors.torch as library
 import torch
 
-from data import FIELDS, Tokenizer, load_pairs
-from model import DTYPES, INDEX, SINGLE
+from support.checkpoint import DTYPES, INDEX, SINGLE, save_model
+from support.data import FIELDS, load_pairs
+from support.text import Tokenizer
 from tests.checkpoints import VARIANTS, fields, write_config
 from tests.runs import id_rows, tiny_model, write_rows
 from tests.test_data_text import CHATML, make
@@ -317,7 +318,7 @@ def make_good(good: Path, real: str) -> None:
     for name in ("config.json", *TOKENIZER_FILES):
         shutil.copy(source / name, good / name)
     model, sharded = tiny_model(), good / "sharded"
-    model.save_pretrained(sharded)
+    save_model(model, sharded)
     state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     files = {name: "b.safetensors" if "layers.1" in name else "a.safetensors" for name in state}
     for file in set(files.values()):

@@ -35,8 +35,10 @@ from typing import NamedTuple
 import torch
 
 import train
-from data import FIELDS, Tokenizer, load_pairs
-from model import GPT, KEYS, SINGLE, Config, load_safetensors
+from model import GPT
+from support.checkpoint import KEYS, SINGLE, config_json, load_model, load_safetensors, read_config
+from support.data import FIELDS, load_pairs
+from support.text import Tokenizer
 from tests import damage
 from tests.checkpoints import write_config
 from tests.runs import write_rows
@@ -71,7 +73,7 @@ def safetensors(folder: Path, good: Path, kind: str) -> None:
 def checkpoint(folder: Path, good: Path, kind: str) -> None:
     OPENED.clear()
     try:
-        found = {name: p.detach() for name, p in GPT.from_pretrained(folder).named_parameters()}
+        found = {name: p.detach() for name, p in load_model(folder).named_parameters()}
     finally:
         if any("outside" in path for path in OPENED):
             raise Wrong("a file outside the folder was opened")
@@ -82,11 +84,11 @@ def checkpoint(folder: Path, good: Path, kind: str) -> None:
 
 
 def config(folder: Path, good: Path, kind: str) -> None:
-    found, given = Config.from_json(folder / "config.json"), json.loads((folder / "config.json").read_text("utf-8"))
+    found, given = read_config(folder), json.loads((folder / "config.json").read_text("utf-8"))
     for key in KEYS.keys() & given.keys():
         if getattr(found, key) != given[key] and given[key] is not None and "rope" not in key:
             raise Wrong(f"{key} is {given[key]!r} in the file, {getattr(found, key)!r} when read")
-    if kind in damage.CONTRADICTIONS or Config.from_json(write_config(folder / "again", found.to_json())) != found:
+    if kind in damage.CONTRADICTIONS or read_config(write_config(folder / "again", config_json(found)).parent) != found:
         raise Wrong("accepted, and it contradicts itself or is not what it is after saving")
     found.num_hidden_layers = min(found.num_hidden_layers, 2)
     with torch.device("meta"):
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         good = Path(place) / "good"
         good.mkdir()
         damage.make_good(good, os.environ.get("EPSDPO_CHECKPOINT", ""))
-        GPT.from_pretrained(good / "sharded")  # imports much of torch: once here, not in every process
+        load_model(good / "sharded")  # imports much of torch: once here, not in every process
         gc.collect()
         gc.freeze()
         results = [r for i in range(0, len(cases), 50) for r in try_some(cases[i : i + 50], good)]

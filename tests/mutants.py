@@ -27,9 +27,12 @@ class Mutant(NamedTuple):
 
 TESTS = {
     "epsdpo.py": ["tests/test_epsdpo.py"],
-    "data.py": ["tests/test_data.py", "tests/test_data_text.py"],
-    "model.py": ["tests/test_model.py", "tests/test_safetensors.py"],
-    "toy.py": ["tests/test_toy.py"],
+    "support/rows.py": ["tests/test_data.py"],
+    "support/text.py": ["tests/test_data_text.py"],
+    "support/data.py": ["tests/test_data.py", "tests/test_data_text.py"],
+    "model.py": ["tests/test_model.py"],
+    "support/checkpoint.py": ["tests/test_model.py", "tests/test_safetensors.py"],
+    "support/toy.py": ["tests/test_toy.py"],
     "train.py": ["tests/test_train.py", "tests/test_resume.py"],
 }
 
@@ -96,7 +99,7 @@ MUTANTS = [
             ("label outside the vocabulary", "if labels.numel() and not 0 <=", "if False and not 0 <="),
             ("float64 branch that trusts clipped terms", "torch.where(far.abs() < 0.4,", "torch.where(far.abs() < 1e9,"),
         ],
-        "data.py": [
+        "support/rows.py": [
             ("source one place too early", "np.arange(-1, size * width - 1)", "np.arange(-2, size * width - 2)"),
             ("source is the token itself", "np.arange(-1, size * width - 1)", "np.arange(0, size * width)"),
             ("the last prompt token predicts only one response", "source[i, p + c] = source[i, p]", "pass"),
@@ -107,19 +110,23 @@ MUTANTS = [
             ("micro-batches that lose a pair", "groups[-1].append(i)", "pass"),
             ("budget that forgets the padding", "lengths[groups[-1][0]] <= token_budget", "1 <= token_budget"),
             ("one order for all epochs", "default_rng((seed, epoch))", "default_rng(seed)"),
+        ],
+        "support/data.py": [
             ("prompt cut on its right", "prompt[len(prompt) - keep + bos :]", "prompt[bos:keep]"),
             ("responses cut by their own lengths", "max(max_length - max(len(chosen), len(rejected)), max_prompt_length)",
              "max(max_length - len(chosen), max_prompt_length)"),
             ("end token twice", "if not ended and whole[-1] != tokenizer.eos:", "if True:"),
             ("blank means empty", "not said.strip()", "not said"),
             ("an end alone is an answer", "len(whole) - shared <= ended", "False"),
+            ("a prompt twice in one answer", "if repeats == 1 or repeats == 0 and", "if repeats == 0 and"),
+            ("roles are words said", "if key != \"role\"]", "]"),
+        ],
+        "support/text.py": [
             ("flags of named tokens are lost", "extra.append(known.get(token[\"content\"]) or ", "extra.append("),
             ("flags of listed tokens are lost", "for token in listed])", "for token in listed[:0]])"),
             ("names in an older file", "else config | older)", "else config)"),
             ("a template's BOS is cut when it opens each question", "(ids.count(bos) == 1 or not self.bos_opens_answers)", "ids.count(bos) == 1"),
             ("a template's BOS is cut when its probe is refused", "or one that refuses\n            return True", "or one that refuses\n            return False"),
-            ("a prompt twice in one answer", "if repeats == 1 or repeats == 0 and", "if repeats == 0 and"),
-            ("roles are words said", "if key != \"role\"]", "]"),
         ],
         "model.py": [
             ("rejected sees chosen", "(key == 0) & (query >= 0) | (key == query)", "(query >= 0)"),
@@ -140,12 +147,14 @@ MUTANTS = [
             ("positions ignored", "cos, sin = rope(self.config, positions[:, -T:])",
              "cos, sin = rope(self.config, torch.arange(positions.shape[1])[None, -T:].expand(positions[:, -T:].shape))"),
             ("gate and up swapped", "lambda gate, up: self.down_proj(F.silu(gate) * up)", "lambda up, gate: self.down_proj(F.silu(gate) * up)"),
+        ],
+        "support/checkpoint.py": [
             ("untied after loading", "model.to_empty(device=device)._tie()", "model.to_empty(device=device)"),
-            ("a different head of a tied model passes", "_require(same, f\"{folder}: tie", "_require(True, f\"{folder}: tie"),
-            ("file longer than its tensors", "require(base + end == length,", "require(base + end <= length,"),
+            ("a different head of a tied model passes", "require(same, f\"{folder}: tie", "require(True, f\"{folder}: tie"),
+            ("file longer than its tensors", "check(base + end == length,", "check(base + end <= length,"),
             ("shared ranges of the data", 'fits = info["data_offsets"] == [start, end]', 'fits = info["data_offsets"][1] >= 0'),
         ],
-        "toy.py": [
+        "support/toy.py": [
             ("a doubled letter earns a point", "return hits - doubled.sum(-1)", "return hits + doubled.sum(-1)"),
             ("a tie is a loss", "theirs.cumsum(1) - theirs / 2", "theirs.cumsum(1) - theirs"),
             ("preferences turned round", "torch.sigmoid(scale * (r[:, 0] - r[:, 1]))", "torch.sigmoid(scale * (r[:, 1] - r[:, 0]))"),

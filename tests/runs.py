@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import train
-from data import Pair
-from model import GPT, Config
+from model import GPT
+from support.checkpoint import resolve
+from support.rows import Pair
 
 CHECKPOINT = os.environ.get("EPSDPO_CHECKPOINT", "")
 real = [pytest.mark.real, pytest.mark.skipif(not CHECKPOINT, reason="EPSDPO_CHECKPOINT names no checkpoint folder")]
@@ -35,7 +36,7 @@ def tiny_model(seed: int = 0, tied: bool = False, **fields) -> GPT:
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     torch.manual_seed(seed)
-    model = GPT(Config(**sizes | {"tie_word_embeddings": tied} | fields))
+    model = GPT(resolve({"model_type": "llama"} | sizes | {"tie_word_embeddings": tied} | fields))
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3)

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import Batch, Pair, collate, epoch_order, load_pairs, micro_batches, row_length, show_pair
+from support import data
+from support.data import load_pairs, show_pair
+from support.rows import Batch, Pair, collate, epoch_order, micro_batches, row_length
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

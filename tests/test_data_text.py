@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import BadRow, Tokenizer, load_pairs, show_pair
+from support import data
+from support.data import load_pairs, show_pair
+from support.rows import BadRow
+from support.text import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")

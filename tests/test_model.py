@@ -16,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, INDEX, KEYS, SINGLE, Config, load_safetensors, rope, rotate, save_safetensors, visible
+from model import GPT, Config, rope, rotate, visible
+from support.checkpoint import (
+    INDEX,
+    KEYS,
+    SINGLE,
+    load_model,
+    load_safetensors,
+    read_config,
+    resolve,
+    save_model,
+    save_safetensors,
+)
 from tests.checkpoints import (
     ALTERNATE,
     FAMILIES,
@@ -75,7 +86,7 @@ def rewrite(folder: Path, **changes) -> Path:
 def test_logits_equal_transformers_with_every_key_off_its_default(variant, folder_of):
     wanted, info = oracle(folder_of(variant))
     assert not any(info.values())
-    model = GPT.from_pretrained(folder_of(variant))
+    model = load_model(folder_of(variant))
     assert model.lm_head.weight.dtype == torch.float32 and model.training
     assert far(model(rows()), wanted(rows()).logits) < 1e-5
 
@@ -88,7 +99,7 @@ def test_logits_equal_transformers_with_padding(variant, left, folder_of):
     real[1, slice(None, 7) if left else slice(-7, None)] = 0
     positions = (real.cumsum(1) - 1).clamp(min=0)
     wanted = oracle(folder_of(variant))[0](tokens, attention_mask=real, position_ids=positions).logits
-    found = GPT.from_pretrained(folder_of(variant))(tokens, positions, real - 1)
+    found = load_model(folder_of(variant))(tokens, positions, real - 1)
     assert far(found[real == 1], wanted[real == 1]) < 1e-5
     assert found.isfinite().all()
 
@@ -97,8 +108,8 @@ def test_logits_equal_transformers_with_padding(variant, left, folder_of):
 def test_windows_matter_in_these_tests(folder_of, own):
     """Otherwise the tests above would say nothing about them."""
     for variant, without in (("mistral-window", {"sliding_window": None}), ("qwen3-window", {"layer_types": None})):
-        plain = GPT.from_pretrained(rewrite(own(variant), **without))
-        assert far(GPT.from_pretrained(folder_of(variant))(rows()), plain(rows())) > 0.01
+        plain = load_model(rewrite(own(variant), **without))
+        assert far(load_model(folder_of(variant))(rows()), plain(rows())) > 0.01
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
@@ -107,25 +118,23 @@ def test_folders_that_transformers_saved(variant, folder_of, tmp_path):
     wanted = oracle(folder_of(variant))[0]
     wanted.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / INDEX).exists()
-    model = GPT.from_pretrained(tmp_path)
-    assert model.config == GPT.from_pretrained(folder_of(variant)).config
+    model = load_model(tmp_path)
+    assert model.config == load_model(folder_of(variant)).config
     assert far(model(rows()), wanted(rows()).logits) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_an_absent_key_means_what_it_means_in_transformers(family, tmp_path):
     path = write_config(tmp_path, {"model_type": family})
-    found, wanted = Config.from_json(path), transformers.AutoConfig.from_pretrained(tmp_path)
+    found, wanted = read_config(path.parent), transformers.AutoConfig.from_pretrained(tmp_path)
     for key in KEYS:
         if key == "rope_theta":
             assert found.rope_theta == wanted.rope_parameters["rope_theta"]
-        elif key not in ("rope_scaling", "head_dim", "layer_types") and hasattr(wanted, key):
-            value = getattr(wanted, key)
-            if key == "sliding_window" and family.startswith("qwen"):
-                value = 4096  # transformers sets it to None when it is not used
-            assert getattr(found, key) == value, key
+        elif key not in ("rope_scaling", "head_dim") and hasattr(found, key) and hasattr(wanted, key):
+            assert getattr(found, key) == getattr(wanted, key), key
+    assert found.o_bias == getattr(wanted, "attention_bias", False)
     assert found.head_dim == getattr(wanted, "head_dim", wanted.hidden_size // wanted.num_attention_heads)
-    assert found.windows == [4096 if family == "mistral" else None] * 32
+    assert found.windows == (4096 if family == "mistral" else None,) * 32
 
 
 def greedy_by_transformers(model, prompt: list[int], n: int) -> list[int]:
@@ -138,7 +147,7 @@ def greedy_by_transformers(model, prompt: list[int], n: int) -> list[int]:
 def test_generate_equals_transformers_on_prompts_of_different_lengths(family, folder_of):
     variant = {"llama": "llama-llama3", "mistral": "mistral-window", "qwen2": "qwen2", "qwen3": "qwen3-window"}[family]
     prompts = [rows(shape=(n,), seed=n).tolist() for n in (9, 1, 4, 12)]
-    model, wanted = GPT.from_pretrained(folder_of(variant)), oracle(folder_of(variant))[0]
+    model, wanted = load_model(folder_of(variant)), oracle(folder_of(variant))[0]
     found = model.generate(prompts, 10)
     for prompt, out in zip(prompts, found):
         assert out == greedy_by_transformers(wanted, prompt, 10)
@@ -154,7 +163,7 @@ def test_a_real_checkpoint_equals_transformers():
     folder = os.environ.get("EPSDPO_CHECKPOINT")
     if not folder:
         pytest.skip("EPSDPO_CHECKPOINT is not set")
-    model, (wanted, _) = GPT.from_pretrained(folder), oracle(Path(folder))
+    model, (wanted, _) = load_model(folder), oracle(Path(folder))
     tokens = rows(model.config.vocab_size, (2, 40))
     assert (model(tokens) - wanted(tokens).logits).abs().max() < 1e-4
     prompts = [tokens[0, :7].tolist(), tokens[1, :19].tolist()]
@@ -180,7 +189,7 @@ def pair_row(prompt: int = 9, chosen: int = 7, rejected: int = 5, pads: int = 3,
 def test_a_packed_row_is_two_sequences(variant, folder_of):
     """Logits at every place that predicts, and the gradient of a loss on them, in float64."""
     packed, (one, two) = pair_row()
-    model = GPT.from_pretrained(folder_of(variant)).double()
+    model = load_model(folder_of(variant)).double()
     predicts = torch.tensor([8, *range(9, 15), 8, *range(16, 20)])
     weights = torch.linspace(-1, 1, 12 * 61).view(12, 61).double()
 
@@ -200,7 +209,7 @@ def test_no_bit_crosses_from_one_response_to_the_other_or_out_of_a_pad(variant, 
     (tokens, positions, segments), _ = pair_row()
     rest = pair_row(4, 2, 3, 15, seed=3)[0]
     batch = [torch.cat(pair) for pair in zip((tokens, positions, segments), rest)]
-    model = GPT.from_pretrained(folder_of(variant))
+    model = load_model(folder_of(variant))
     before = model(*batch)
     for segment in (1, 2, -1):
         changed = batch[0].clone()
@@ -233,7 +242,7 @@ def test_visible_is_what_its_docstring_says(data):
 
 
 def test_source_and_head(folder_of):
-    model = GPT.from_pretrained(folder_of("llama"))
+    model = load_model(folder_of("llama"))
     tokens, source = rows(), torch.tensor([0, 23, 24, 47, 5, 5])
     hidden = model(tokens, source=source)
     assert hidden.shape == (6, 32)
@@ -249,7 +258,7 @@ def test_source_and_head(folder_of):
 
 def test_gradient_checkpointing_changes_no_gradient(folder_of):
     packed, _ = pair_row()
-    model = GPT.from_pretrained(folder_of("qwen3-window"))
+    model = load_model(folder_of("qwen3-window"))
     gradients = []
     for model.gradient_checkpointing in (False, True):
         loss = model(*packed).log_softmax(-1).square().mean()
@@ -261,7 +270,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder_of):
 
 
 def toy(**more) -> Config:
-    return Config(**SMALL | more)
+    return resolve({"model_type": "llama"} | SMALL | more)
 
 
 def test_rope_numbers():
@@ -299,13 +308,13 @@ def test_angles_against_float64(half, theta, position):
 def test_autocast_and_rounded_models_in_every_family(variant, dtype, folder_of):
     """Forward and backward run, and stay near the float32 model."""
     packed, _ = pair_row()
-    exact = GPT.from_pretrained(folder_of(variant))
+    exact = load_model(folder_of(variant))
     wanted = exact(*packed).detach()
     with torch.autocast("cpu", dtype):
         found = exact(*packed)
     found.square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in exact.parameters())
-    rounded = GPT.from_pretrained(folder_of(variant), dtype)(*packed)
+    rounded = load_model(folder_of(variant), dtype)(*packed)
     assert found.dtype == torch.float32 and rounded.dtype == dtype
     assert far(found, wanted) < 0.3 and far(rounded.float(), wanted) < 0.3
 
@@ -322,7 +331,7 @@ class _Matmuls(TorchDispatchMode):
 def test_what_backward_computes_again_holds_no_matmul(variant, folder_of):
     """A layer's seven products each take one matmul forward and two backward; checkpointing does six of them again."""
     (tokens, positions, segments), _ = pair_row()
-    model = GPT.from_pretrained(folder_of(variant))
+    model = load_model(folder_of(variant))
     layers = model.config.num_hidden_layers
     source = (segments > 0).flatten().nonzero().squeeze(-1)
     for checkpointing in (False, True):
@@ -337,9 +346,9 @@ def test_what_backward_computes_again_holds_no_matmul(variant, folder_of):
 @torch.no_grad()
 def test_bfloat16_models_and_autocast_keep_angles_norms_and_logits(folder_of):
     """Positions 256 … 271 are two values in bfloat16: with such angles the distances between tokens would be lost."""
-    exact, positions = GPT.from_pretrained(folder_of("llama")), torch.arange(240, 264).expand(2, 24)
+    exact, positions = load_model(folder_of("llama")), torch.arange(240, 264).expand(2, 24)
     wanted = exact(rows(), positions)
-    rounded = GPT.from_pretrained(folder_of("llama"), dtype=torch.bfloat16)
+    rounded = load_model(folder_of("llama"), dtype=torch.bfloat16)
     assert rounded(rows()).dtype == torch.bfloat16
     assert far(rounded(rows(), positions).float(), wanted) < 0.3  # and above 1 with angles in bfloat16
     seen = {}
@@ -363,7 +372,7 @@ def test_norm_in_float32_of_small_and_large_numbers():
 
 
 def test_built_on_the_meta_device_and_loaded_afterwards(folder_of):
-    wanted = GPT.from_pretrained(folder_of("llama-llama3"))
+    wanted = load_model(folder_of("llama-llama3"))
     with torch.device("meta"):
         empty = GPT(wanted.config)
     assert not list(empty.buffers())
@@ -372,8 +381,8 @@ def test_built_on_the_meta_device_and_loaded_afterwards(folder_of):
 
 
 def test_a_model_by_hand():
-    config = Config(vocab_size=6, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    assert (config.head_dim, config.num_key_value_heads, config.windows) == (16, 4, [None, None])
+    config = toy(vocab_size=6, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=4)
+    assert (config.head_dim, config.num_key_value_heads, config.windows) == (16, 4, (None, None))
     torch.manual_seed(0)
     model = GPT(config)
     logits = model(rows(6))
@@ -392,7 +401,7 @@ def test_a_model_by_hand():
 
 def test_generate_samples_from_the_softmax():
     torch.manual_seed(0)
-    model = GPT(Config(vocab_size=5, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    model = GPT(toy(vocab_size=5, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
     torch.nn.init.normal_(model.lm_head.weight, std=1.0)
     for temperature in (1.0, 0.5):
         drawn = model.generate([[1, 2]] * 4000, 1, temperature, generator=torch.Generator().manual_seed(3))
@@ -402,7 +411,7 @@ def test_generate_samples_from_the_softmax():
 
 
 def test_generate_is_a_function_of_its_generator_and_stops_at_eos(folder_of):
-    model = GPT.from_pretrained(folder_of("qwen2"))
+    model = load_model(folder_of("qwen2"))
     prompts = [[3, 4, 5], [6]]
     once = model.generate(prompts, 12, 1.0, generator=torch.Generator().manual_seed(0))
     state = torch.random.get_rng_state()
@@ -540,7 +549,7 @@ REFUSED = [
 def test_what_is_not_computed_is_refused_by_name(family, changes, named, tmp_path):
     path = write_config(tmp_path, SMALL | {"model_type": family} | changes)
     with pytest.raises(ValueError) as error:
-        Config.from_json(path)
+        read_config(path.parent)
     assert str(path) in str(error.value) and named in str(error.value)
     value = next(iter(changes.values()))
     if isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -578,7 +587,7 @@ PUBLISHED = {
         "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
         "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.36.0", "use_cache": true,
         "vocab_size": 32000}""",
-        {"windows": [None] * 32, "attention_bias": None},
+        {"windows": (None,) * 32, "o_bias": False},
     ),
     "Mistral-7B-v0.1": (
         """{"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
@@ -586,7 +595,7 @@ PUBLISHED = {
         "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
         "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": false,
         "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": true, "vocab_size": 32000}""",
-        {"windows": [4096] * 32},
+        {"windows": (4096,) * 32},
     ),
     "Qwen2.5-0.5B-Instruct": (
         """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
@@ -595,7 +604,7 @@ PUBLISHED = {
         "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
         "transformers_version": "4.43.1", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
-        {"windows": [None] * 24, "head_dim": 64},
+        {"windows": (None,) * 24, "head_dim": 64},
     ),
     "DeepSeek-R1-Distill-Qwen-1.5B": (
         """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
@@ -605,7 +614,7 @@ PUBLISHED = {
         "rope_theta": 10000, "sliding_window": 4096, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
         "transformers_version": "4.44.0", "use_cache": true, "use_mrope": false, "use_sliding_window": false,
         "vocab_size": 151936}""",
-        {"windows": [None] * 28},
+        {"windows": (None,) * 28},
     ),
     "Qwen3-0.6B": (
         """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -615,7 +624,7 @@ PUBLISHED = {
         "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
         "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
         "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
-        {"head_dim": 128, "windows": [None] * 28},
+        {"head_dim": 128, "windows": (None,) * 28},
     ),
 }
 
@@ -624,12 +633,12 @@ PUBLISHED = {
 def test_published_configs_are_accepted(name, tmp_path):
     text, wanted = PUBLISHED[name]
     (tmp_path / "config.json").write_text(text)
-    config = Config.from_json(tmp_path / "config.json")
+    config = read_config(tmp_path)
     assert {key: getattr(config, key) for key in wanted} == wanted
 
 
 def test_what_changes_no_number_is_accepted(tmp_path):
-    plain = Config.from_json(write_config(tmp_path, SMALL | {"model_type": "llama"}))
+    plain = read_config(write_config(tmp_path, SMALL | {"model_type": "llama"}).parent)
     harmless = {
         "architectures": ["LlamaForCausalLM"],
         "bos_token_id": 1,
@@ -666,7 +675,7 @@ def test_what_changes_no_number_is_accepted(tmp_path):
         "max_length": 20,
         "self": "x",
     }
-    assert Config.from_json(write_config(tmp_path, SMALL | {"model_type": "llama"} | harmless)) == plain
+    assert read_config(write_config(tmp_path, SMALL | {"model_type": "llama"} | harmless).parent) == plain
 
 
 @pytest.mark.parametrize(
@@ -686,7 +695,7 @@ def test_what_changes_no_number_is_accepted(tmp_path):
 def test_a_config_that_is_no_json_object(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):
-        GPT.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 def test_bad_arguments_by_hand():
@@ -731,7 +740,7 @@ def test_all_that_does_not_fit_is_in_one_error(own):
 
     folder = change_weights(own("llama"), change)
     with pytest.raises(ValueError) as error:
-        GPT.from_pretrained(folder)
+        load_model(folder)
     for named in (
         str(folder),
         "model.norm.weight",
@@ -746,14 +755,14 @@ def test_all_that_does_not_fit_is_in_one_error(own):
 def test_a_missing_head_is_an_error_when_it_is_not_tied(own):
     folder = change_weights(own("llama"), lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        GPT.from_pretrained(folder)
-    model = GPT.from_pretrained(rewrite(folder, tie_word_embeddings=True))
+        load_model(folder)
+    model = load_model(rewrite(folder, tie_word_embeddings=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_tied_head_may_be_in_the_file_if_it_is_equal(own):
     folder = own("llama-tied")
-    wanted = GPT.from_pretrained(folder)(rows())
+    wanted = load_model(folder)(rows())
 
     def same(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -761,33 +770,33 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_equal(own):
     def different(tensors):
         tensors["lm_head.weight"][3, 4] += 1e-6
 
-    model = GPT.from_pretrained(change_weights(folder, same))
+    model = load_model(change_weights(folder, same))
     assert torch.equal(model(rows()), wanted) and model.lm_head.weight is model.model.embed_tokens.weight
     change_weights(folder, different)
     for dtype in (torch.float32, torch.bfloat16):  # rounding must not hide it
         with pytest.raises(ValueError, match=r"lm_head\.weight"):
-            GPT.from_pretrained(folder, dtype)
+            load_model(folder, dtype)
     change_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
     change_weights(folder, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_old_buffers_are_ignored_and_integers_are_no_weights(own):
     folder = own("llama")
-    wanted = GPT.from_pretrained(folder)(rows())
+    wanted = load_model(folder)(rows())
 
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         tensors["model.rotary_emb.inv_freq"] = torch.ones(4)
 
-    assert torch.equal(GPT.from_pretrained(change_weights(folder, add))(rows()), wanted)
+    assert torch.equal(load_model(change_weights(folder, add))(rows()), wanted)
     change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
     change_weights(folder, lambda tensors: tensors.update({"model.layers.0.attn.masked_bias": torch.ones(1)}))
     with pytest.raises(ValueError, match="masked_bias"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -796,7 +805,7 @@ def test_weights_of_other_dtypes_become_float32(dtype, own):
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
 
     folder = change_weights(own("qwen3-head-dim"), cast)
-    model = GPT.from_pretrained(folder)
+    model = load_model(folder)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, load_safetensors(folder / SINGLE)[name].float())
@@ -805,17 +814,17 @@ def test_weights_of_other_dtypes_become_float32(dtype, own):
 def test_loaded_weights_are_private_and_can_be_trained(own):
     folder = own("llama-tied")
     before = (folder / SINGLE).read_bytes()
-    model = GPT.from_pretrained(folder)
+    model = load_model(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model(rows()).square().mean().backward()
     optimizer.step()
     assert (folder / SINGLE).read_bytes() == before
-    assert not torch.equal(model.lm_head.weight, GPT.from_pretrained(folder).lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, load_model(folder).lm_head.weight)
 
 
 def test_shards_as_the_index_lists_them(own):
     folder = own("qwen2")
-    wanted = GPT.from_pretrained(folder)(rows())
+    wanted = load_model(folder)(rows())
     weight_map = shard(folder)
     index = {"weight_map": weight_map}
     # not in the index, so not read: a stray file that is no safetensors, and a second copy of a tensor in a shard
@@ -824,12 +833,12 @@ def test_shards_as_the_index_lists_them(own):
     other = next(shard for shard in weight_map.values() if shard != file)
     tensors = load_safetensors(folder / other)
     save_safetensors(tensors | {name: torch.zeros(61, 32)}, folder / other, {"format": "pt"})
-    assert torch.equal(GPT.from_pretrained(folder)(rows()), wanted)
+    assert torch.equal(load_model(folder)(rows()), wanted)
 
     def broken(change: dict, named: str, kind=ValueError):
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map | change}))
         with pytest.raises(kind, match=named):
-            GPT.from_pretrained(folder)
+            load_model(folder)
 
     broken({name: "model-00007-of-00007.safetensors"}, "model-00007-of-00007", OSError)
     broken({"model.norm.weight": file}, r"model\.norm\.weight") if weight_map["model.norm.weight"] != file else None
@@ -843,26 +852,26 @@ def test_shards_as_the_index_lists_them(own):
     for content in ({}, {"weight_map": None}, {"weight_map": [file]}, {"weight_map": {name: 1}}, []):
         (folder / INDEX).write_text(json.dumps(content))
         with pytest.raises(ValueError, match="index"):
-            GPT.from_pretrained(folder)
+            load_model(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {k: v for k, v in weight_map.items() if k != name}}))
     with pytest.raises(ValueError, match=name):  # in a shard, but not in the index
-        GPT.from_pretrained(folder)
+        load_model(folder)
     (folder / INDEX).write_text(json.dumps(index))
-    assert torch.equal(GPT.from_pretrained(folder)(rows()), wanted)
+    assert torch.equal(load_model(folder)(rows()), wanted)
 
 
 def test_a_single_file_wins_over_an_index(own, folder_of):
     folder = own("llama")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "nowhere.safetensors"}}))
-    assert torch.equal(GPT.from_pretrained(folder)(rows()), GPT.from_pretrained(folder_of("llama"))(rows()))
+    assert torch.equal(load_model(folder)(rows()), load_model(folder_of("llama"))(rows()))
 
 
 def test_a_folder_without_weights_or_config(tmp_path):
     with pytest.raises(OSError, match=r"config\.json"):
-        GPT.from_pretrained(tmp_path)
+        load_model(tmp_path)
     write_config(tmp_path, SMALL | {"model_type": "llama"})
     with pytest.raises(OSError, match=SINGLE):
-        GPT.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------
@@ -887,11 +896,11 @@ OTHER_FILES = {
 @pytest.mark.parametrize("variant", ["llama-tied", "mistral-window", "qwen2", "qwen3-window", "llama-llama3-new"])
 @torch.no_grad()
 def test_saved_folders_load_in_transformers(variant, dtype, folder_of, tmp_path):
-    model = GPT.from_pretrained(folder_of(variant))
-    model.save_pretrained(tmp_path / "out", dtype)
+    model = load_model(folder_of(variant))
+    save_model(model, tmp_path / "out", dtype)
     loaded, info = oracle(tmp_path / "out")
     assert not any(info.values()), info
-    again = GPT.from_pretrained(tmp_path / "out")
+    again = load_model(tmp_path / "out")
     assert again.config == model.config
     assert far(loaded(rows()).logits, again(rows())) < 1e-5
     if dtype == torch.float32:
@@ -929,12 +938,12 @@ def test_a_model_by_hand_is_saved_with_a_config_of_its_own(more, tmp_path):
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
     folder = tmp_path / "not" / "there"
-    model.save_pretrained(folder)
+    save_model(model, folder)
     wanted, info = oracle(folder)
     assert not any(info.values()), info
     assert far(model(rows()), wanted(rows()).logits) < 1e-5
     assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
-    assert GPT.from_pretrained(folder).config == model.config
+    assert load_model(folder).config == model.config
 
 
 def test_what_is_copied_kept_and_removed(own, tmp_path):
@@ -960,7 +969,7 @@ def test_what_is_copied_kept_and_removed(own, tmp_path):
         (out / name).write_bytes(b"stale")
     (out / "notes.txt").write_bytes(b"the user's own")
 
-    GPT.from_pretrained(source).save_pretrained(out)
+    save_model(load_model(source), out)
     assert sorted(os.listdir(out)) == sorted(["config.json", SINGLE, "notes.txt", TEMPLATES, *OTHER_FILES])
     assert [x.read_text() for x in (out / TEMPLATES).iterdir()] == ["{{ documents }}"]
     assert all((out / name).read_bytes() == content for name, content in OTHER_FILES.items())
@@ -972,11 +981,11 @@ def test_what_is_copied_kept_and_removed(own, tmp_path):
 def test_source_names_another_folder_and_must_be_of_the_same_model(own, tmp_path):
     one, two = own("llama"), own("qwen2")
     (one / "tokenizer.json").write_bytes(b"{}")
-    model = GPT(Config.from_json(one / "config.json"))
-    model.save_pretrained(tmp_path / "out", source=one)
+    model = GPT(read_config(one))
+    save_model(model, tmp_path / "out", source=one)
     assert (tmp_path / "out" / "tokenizer.json").exists()
     with pytest.raises(ValueError, match="another model"):
-        model.save_pretrained(tmp_path / "bad", source=two)
+        save_model(model, tmp_path / "bad", source=two)
     assert not (tmp_path / "bad" / SINGLE).exists()
 
 
@@ -986,46 +995,46 @@ def test_saving_into_the_source_itself_and_onto_a_symlink(own):
     (folder / SINGLE).rename(blob)
     (folder / SINGLE).symlink_to(blob)  # as caches of downloads lay their files out
     before = blob.read_bytes()
-    model = GPT.from_pretrained(folder)
+    model = load_model(folder)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     assert blob.read_bytes() == before and not (folder / SINGLE).is_symlink()
-    assert torch.equal(GPT.from_pretrained(folder)(rows()), model(rows()))
+    assert torch.equal(load_model(folder)(rows()), model(rows()))
 
     shard(folder)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
-    assert torch.equal(GPT.from_pretrained(folder)(rows()), model(rows()))
+    assert torch.equal(load_model(folder)(rows()), model(rows()))
 
 
 def test_a_failed_save_leaves_the_old_file(own, monkeypatch):
     folder = own("llama")
-    before, model = (folder / SINGLE).read_bytes(), GPT.from_pretrained(folder)
+    before, model = (folder / SINGLE).read_bytes(), load_model(folder)
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(folder)
+        save_model(model, folder)
     assert (folder / SINGLE).read_bytes() == before
     assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
 
 
 def test_weights_that_are_not_finite_are_not_saved(own):
     folder = own("llama")
-    before, model = (folder / SINGLE).read_bytes(), GPT.from_pretrained(folder)
+    before, model = (folder / SINGLE).read_bytes(), load_model(folder)
     with torch.no_grad():
         model.model.norm.weight[3] = 1e6
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
-        model.save_pretrained(folder, torch.float16)
+        save_model(model, folder, torch.float16)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        model.save_pretrained(folder)
+        save_model(model, folder)
     assert (folder / SINGLE).read_bytes() == before
 
 
 def test_no_dropout(own, tmp_path):
     folder = rewrite(own("llama"), attention_dropout=0.5, resid_pdrop=0.5, hidden_dropout=0.5)
-    model = GPT.from_pretrained(folder).train()
+    model = load_model(folder).train()
     first = model(rows())
     assert torch.equal(first, model(rows()))
     assert far(first, oracle(folder)[0].eval()(rows()).logits) < 1e-5

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import toy
-from data import Pair, collate
 from epsdpo import TokenStats, epsdpo_loss, token_stats_by_definition
 from experiments import compare as comparison
 from experiments import peers
 from model import GPT, Config
+from support import toy
+from support.rows import Pair, collate
 from train import TOY_MODEL, Flags, compare, train
 
 PAIRS = [

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import train
-from data import collate
-from model import GPT, load_safetensors
+from support.checkpoint import load_model, load_safetensors, save_model
+from support.rows import collate
 from tests.runs import (
     VOCAB,
     argv_of,
@@ -104,7 +104,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(model, folder, tmp_path):
         argv = argv_of(folder, tmp_path / name, "--steps", 1, "--batch-size", 9, "--clip", 1e9, model=model)
         start(argv, tmp_path, GRADIENTS.replace("FILE", str(tmp_path / f"{name}.pt")))
         found[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-    names = [name for name, _ in GPT.from_pretrained(folder / model).named_parameters()]
+    names = [name for name, _ in load_model(folder / model).named_parameters()]
     assert len(found["one"]) == len(found["two"]) == len(names)
     for name, a, b in zip(names, found["two"], found["one"]):
         assert b.abs().max() > 1e-6, name  # nothing was lost in one process either
@@ -245,7 +245,7 @@ def test_weights_that_are_not_finite_in_the_rows_of_one_process_stop_all(folder,
     with torch.no_grad():
         bad.model.embed_tokens.weight[VOCAB - 1] = 3e38  # finite, but not for long
         bad.lm_head.weight[VOCAB - 1] = 0.0
-    bad.save_pretrained(tmp_path / "bad")
+    save_model(bad, tmp_path / "bad")
     argv = argv_of(folder, tmp_path / "out", "--eval-size", 0, model=str(tmp_path / "bad"))
     argv[argv.index("--data") + 1] = str(write_rows(tmp_path / "ids.jsonl", rows))
     codes, logs = run_many(argv, tmp_path)

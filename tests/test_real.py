@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import collate
 from epsdpo import token_stats_by_definition
 from experiments import real
+from support.rows import collate
 from tests.runs import id_rows, nudged, pairs_of, tiny_model
 
 FORMATS = [torch.bfloat16, torch.float16]

@@ -17,6 +17,7 @@ import torch
 
 import train
 from model import GPT
+from support.checkpoint import load_model
 from tests.runs import (
     Run,
     argv_of,
@@ -171,7 +172,7 @@ def test_the_reference_comes_from_where_it_came_from_at_first(folder, tmp_path, 
 
     monkeypatch.setattr(train, "compare", spy)
     assert train.main([*argv, "--resume"]) == 0
-    assert same_bits(seen["reference"], GPT.from_pretrained(folder / "model"))
+    assert same_bits(seen["reference"], load_model(folder / "model"))
     assert not same_bits(seen["policy"], seen["reference"])
 
 
@@ -561,7 +562,7 @@ def mounted(tmp_path):
 
 @pytest.mark.parametrize("saves, each", [([], 4), (["--save-every", "2"], 28)])  # bytes of a parameter
 def test_what_a_run_needs_of_the_disk_counts_what_it_replaces(saves, each, folder, tmp_path, monkeypatch, capsys):
-    out, need = tmp_path / "out", each * train.count(GPT.from_pretrained(folder / "model"))
+    out, need = tmp_path / "out", each * train.count(load_model(folder / "model"))
 
     def usage(path):
         used = sum(x.stat().st_size for x in (out / "checkpoint.pt", out / "model/model.safetensors") if x.exists())

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from model import DTYPES, load_safetensors, read_header, save_safetensors
+from support.checkpoint import DTYPES, load_safetensors, read_header, save_safetensors
 
 library = pytest.importorskip("safetensors.torch")
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import toy
 from epsdpo import TokenStats, epsdpo_loss, sum_over_responses, token_stats
-from model import GPT, Config
+from model import GPT
+from support import toy
+from support.checkpoint import resolve
 
 WORLD = toy.World()
 SMALL = toy.World(seed=3, letters=3, length=3)  # 40 responses for each of 3 prompts
@@ -38,8 +39,8 @@ class Tabular(torch.nn.Module):
 
 def small_gpt(world, **changes):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    return GPT(Config(vocab_size=world.letters + 1, num_key_value_heads=2, **(sizes | changes)))
+    sizes = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    return GPT(resolve(sizes | {"vocab_size": world.letters + 1} | changes))
 
 
 def random_logps(seed, prompts=2, responses=30, spread=2.0):

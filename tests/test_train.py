@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import io
 import json
 import math
@@ -22,11 +23,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import toy
 import train
-from data import Pair, collate, epoch_order, row_length
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
-from model import GPT, Config, load_safetensors
+from model import GPT, Config
+from support import toy
+from support.checkpoint import load_model, load_safetensors, resolve, save_model
+from support.rows import Pair, collate, epoch_order, row_length
 from tests.runs import (
     CHECKPOINT,
     VOCAB,
@@ -201,7 +203,7 @@ def test_step_0_is_exactly_zero(dtype, options):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_step_0_is_exactly_zero_on_the_toy(dtype):
     torch.manual_seed(0)
-    world, reference = toy.World(), GPT(train.Config(**train.TOY_MODEL))
+    world, reference = toy.World(), GPT(Config(**train.TOY_MODEL))
     toy.fit_reference(reference, world, steps=5)
     sample = toy.sample_pairs(world.list_logps(reference), world.reward, 64, train.TOY_SCALE, 0)
     pairs = [
@@ -215,7 +217,7 @@ def test_step_0_is_exactly_zero_on_the_toy(dtype):
     "dtype", [pytest.param("float32", marks=real), pytest.param("bfloat16", marks=[*real, pytest.mark.slow])]
 )
 def test_step_0_is_exactly_zero_on_a_real_checkpoint(dtype):
-    policy, reference = (GPT.from_pretrained(CHECKPOINT) for _ in range(2))
+    policy, reference = (load_model(CHECKPOINT) for _ in range(2))
     pairs = pairs_of(id_rows(5, vocab=policy.config.vocab_size, longest=20))
     assert_nothing_has_moved(policy, reference, pairs, dtype, beta=0.01, lr=1e-6)
 
@@ -453,7 +455,7 @@ def test_where_malloc_is_another_nothing_happens(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_bfloat16_checkpoint_trains_in_float32_weights(dtype, folder, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    save_model(tiny_model(), tmp_path / "half", dtype=torch.bfloat16)
     argv = argv_of(folder, tmp_path / "out", "--lr", "5e-7", "--dtype", dtype, model=str(tmp_path / "half"))
     assert train.main(argv) == 0
     before, after = (load_safetensors(p / "model.safetensors") for p in (tmp_path / "half", tmp_path / "out/model"))
@@ -945,7 +947,7 @@ def test_the_saved_model_opens_in_transformers_with_the_same_logits(folder, tmp_
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, seen["policy"](tokens), rtol=1e-5, atol=1e-5)
     assert (tmp_path / "out/model/generation_config.json").exists()
-    assert same_bits(GPT.from_pretrained(tmp_path / "out/model"), seen["policy"])
+    assert same_bits(load_model(tmp_path / "out/model"), seen["policy"])
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(folder, tmp_path, capsys):
@@ -1082,13 +1084,13 @@ def test_a_real_run(name, dtype, tmp_path, capsys):
     first, second = steps_of(lines)
     assert first["loss"] == pytest.approx(math.log(2)) and first["steps/keep"] == 1.0 and first["kl"] == 0.0
     assert second["kl"] > 0 and second["grad_norm"] > 0 and second["steps/keep"] < 1
-    before, after = GPT.from_pretrained(CHECKPOINT), GPT.from_pretrained(tmp_path / "out/model")
+    before, after = load_model(CHECKPOINT), load_model(tmp_path / "out/model")
     assert (tmp_path / "out/model/tokenizer.json").exists() and not same_bits(before, after)
 
 
 def test_a_run_does_not_replace_what_it_reads(folder, tmp_path, capsys):
     out = tmp_path / "run"
-    GPT.from_pretrained(folder / "model").save_pretrained(out / "model")
+    save_model(load_model(folder / "model"), out / "model")
     data = str(folder / "ids.jsonl")
     inside = write_rows(out / "model" / "ids.jsonl", id_rows(9))
     for model, files in (
@@ -1200,7 +1202,7 @@ def test_a_cache_belongs_to_its_pairs_model_and_dtype(tmp_path, monkeypatch):
     with torch.no_grad():
         (other := copy.deepcopy(model)).model.layers[1].self_attn.o_proj.weight[0, 0] += 1e-3  # one in the middle
     theta = copy.deepcopy(model)
-    theta.config.rope_theta = 77.0
+    theta.config = dataclasses.replace(theta.config, rope_theta=77.0)
     for given in ({"pairs": pairs_of(id_rows(4, seed=1))}, {"model": other}, {"model": theta}, {"dtype": "bfloat16"}):
         assert len(make(**given)) == 1, given
     assert not make(lr=7.0, epsilon=0.2) and not make(pairs=pairs[::-1])  # as when others of them are held out
@@ -1303,7 +1305,8 @@ def test_a_run_with_a_cached_reference_resumes_to_the_bit(dtype, folder, tmp_pat
 
 
 def test_backward_keeps_no_more_than_the_forecast_counts():
-    c = Config(vocab_size=50, hidden_size=240, intermediate_size=640, num_hidden_layers=3, num_attention_heads=3)
+    sizes = dict(vocab_size=50, hidden_size=240, intermediate_size=640, num_hidden_layers=3, num_attention_heads=3)
+    c = resolve({"model_type": "llama"} | sizes)
     pairs = [Pair(*(np.arange(n) for n in sizes)) for sizes in ((9, 15, 20), (9, 15, 19))]
     model, kept, batch = GPT(c), {}, collate(pairs)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -27,9 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import epsdpo
-import toy
-from data import Pair, collate
 from epsdpo import beta_steps, epsdpo_loss, next_beta, sum_over_responses, token_stats
+from support import toy
+from support.rows import Pair, collate
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIAL = ROOT / "tutorial.md"
