@@ -298,7 +298,6 @@ def totals(out: EpsDPOLoss, chosen: TokenStats, rejected: TokenStats, batch: Bat
         "steps/lower": (out.step > 0).sum(),
         "steps/keep": (out.step == 0).sum(),
         "steps/raise": (out.step < 0).sum(),
-        "steps/uncertain": out.uncertain.sum(),
         "margin_squares": ((beta * out.margin) ** 2).sum(),
     }
 
@@ -837,7 +836,7 @@ def leave_results(policy: GPT, lines: list[dict[str, float]], out: Path) -> None
         from matplotlib.figure import Figure
 
         lines = [line for line in lines if "loss" in line]
-        panels = "loss", "beta", "steps/lower steps/raise steps/uncertain", "rewards/margins", "kl"
+        panels = "loss", "beta", "steps/lower steps/raise", "rewards/margins", "kl"
         figure = Figure(figsize=(15, 3), layout="constrained")
         for axes, names in zip(figure.subplots(1, len(panels)), panels):
             for name in names.split():
