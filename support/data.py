@@ -21,12 +21,22 @@ from tqdm import tqdm
 from model import Config
 from support.device import rank_and_world
 from support.rows import BadRow, Pair
-from support.text import Tokenizer, common_length, normal
+from support.text import Tokenizer
 
 MAX_LINE = 1 << 24  # bytes; a longer line is no preference pair, and a small gzip file can hold a huge one
 FIELDS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follow in dialogues written as plain text
+
+
+def common_length(*sequences: Sequence) -> int:
+    shortest = min(map(len, sequences))
+    return next((i for i, items in enumerate(zip(*sequences)) if items.count(items[0]) < len(items)), shortest)
+
+
+def without_nulls(message: dict) -> dict:
+    """Tables hold null for an absent field, and some templates would print it as None."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -76,7 +86,7 @@ def form_of(name: str, value: object) -> tuple[str, object]:
         if message.get("role") not in ROLES or not (isinstance(content, str) or content is None and called):
             accepted = f"a role of {', '.join(ROLES)} and a text as content are accepted"
             raise BadRow("not a message", f"{name}[{i}] is {message!r:.80}; {accepted}")
-    return "messages", list(map(normal, value))
+    return "messages", list(map(without_nulls, value))
 
 
 def one_form(row: dict) -> tuple[str, list]:

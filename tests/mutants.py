@@ -118,9 +118,6 @@ MUTANTS = [
             ("roles are words said", "if key != \"role\"]", "]"),
         ],
         "support/text.py": [
-            ("flags of named tokens are lost", "extra.append(known.get(token[\"content\"]) or ", "extra.append("),
-            ("flags of listed tokens are lost", "for token in listed])", "for token in listed[:0]])"),
-            ("names in an older file", "else config | older)", "else config)"),
             ("a template's BOS is cut when it opens each question", "(ids.count(bos) == 1 or not self.bos_opens_answers)", "ids.count(bos) == 1"),
             ("a template's BOS is cut when its probe is refused", "or one that refuses\n            return True", "or one that refuses\n            return False"),
         ],
