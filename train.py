@@ -288,7 +288,8 @@ def train(
 
     Raises ValueError, before the update, for a loss or gradient that is not finite; KeyboardInterrupt when stopped.
     """
-    run, method = run or Run(), method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
+    run = run or Run()
+    method = method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
     shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
     if shared and rank_and_world()[1] == 1:
         raise ValueError("the reference shares storage with the policy and would move with it; give it a copy")
@@ -345,12 +346,13 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
 
 def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
-    config, folder, world = read_config(flags.model), Path(flags.model), rank_and_world()[1]
+    config, folder, one_process = read_config(flags.model), Path(flags.model), rank_and_world()[1] == 1
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if flags.show:
-        show_pairs(flags.data, flags.show, tokenizer, config.vocab_size, flags.max_length, flags.max_prompt_length)
-        return
-    if flags.cache_reference and world > 1:
+        return show_pairs(
+            flags.data, flags.show, tokenizer, config.vocab_size, flags.max_length, flags.max_prompt_length
+        )
+    if flags.cache_reference and not one_process:
         raise ValueError("--cache-reference needs one process")
     run = Run(Path(flags.out), flags, command)
     if run.finished:
@@ -359,12 +361,11 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     policy = load_model(folder, device=where, prepare=device.shard)
     print(forecast(policy, pairs, eval_pairs, flags))
     if flags.cache_reference:
-        every = [*pairs, *eval_pairs]
-        reference = CachedReference(policy, every, flags.cache_reference, flags.dtype, flags.micro_tokens)
-        print("with it the first decisions may differ from 0, because the batches differ and round differently")
+        cached = flags.cache_reference, flags.dtype, flags.micro_tokens
+        reference = CachedReference(policy, [*pairs, *eval_pairs], *cached)
     else:
         reference = load_model(folder, device=where, prepare=device.shard)
-    prompts = eval_pairs[: flags.samples] if world == 1 and tokenizer else []
+    prompts = eval_pairs[: flags.samples] if tokenizer and one_process else []
     before = answers(policy, prompts, pairs)
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, run=run)
     run.finish()

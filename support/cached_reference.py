@@ -43,7 +43,10 @@ class CachedReference(torch.nn.Module):
             replace_file(file, lambda f: f.writelines(hidden_states(policy, pairs, dtype, micro_tokens)))
         if (found := file.stat().st_size) != 4 * shape[0] * shape[1]:
             raise ValueError(f"{file}: expected {4 * shape[0] * shape[1]} bytes, got {found}; delete it and run again")
-        print(f"reference: {shape[0]:,} hidden states of {shape[1]} numbers in {file}, {found / 1e9:.2f} GB")
+        print(
+            f"reference: {shape[0]:,} hidden states of {shape[1]} numbers in {file}, {found / 1e9:.2f} GB; the first "
+            "decisions may differ from 0, because other batches round differently"
+        )
         self.states = np.memmap(file, np.float32, "r", shape=shape)
         keys = (pair_key(np.concatenate(pair[:3]), len(pair.prompt), len(pair.chosen)) for pair in pairs)
         starts = np.cumsum([0, *counts])
