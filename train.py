@@ -69,11 +69,9 @@ class Flags:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     clip: float = flag(1.0, "clip the gradient norm to this value", "(0, inf]")
     weight_decay: float = flag(0.0, "AdamW weight decay", "[0, inf)")
-    max_length: int = flag(2048, "tokens of a prompt and one response", "[2, inf)")
-    max_prompt_length: int | None = flag(
-        None, "tokens of a prompt that is cut; by default half of --max-length", "[1, inf)"
-    )
-    skip_bad_rows: bool = flag(False, "skip and count rows that cannot be used, instead of stopping at the first")
+    max_length: int = flag(2048, "tokens of a prompt and one response", "[2, inf)", needs="model")
+    max_prompt_length: int | None = flag(None, "tokens a cut prompt keeps, if not half", "[1, inf)", needs="model")
+    skip_bad_rows: bool = flag(False, "skip and count bad rows, instead of stopping at the first", needs="model")
     dtype: str = flag("float32", "16 bits: autocast over float32 weights", "float32 | float16 | bfloat16")
     device: str = flag("auto", "auto (a GPU if there is one), cpu or cuda")
     seed: int = flag(0, "order of the pairs; also the toy world", "[0, inf)")
@@ -81,7 +79,7 @@ class Flags:
     save_every: int = flag(0, "write a checkpoint every N steps and at the end, for --resume", "[0, inf)")
     resume: bool = flag(False, "continue the run in --out, with the same flags; --data is not needed again")
     overwrite: bool = flag(False, "replace the run in --out")
-    samples: int = flag(2, "how many held-out prompts to answer before and after training", "[0, inf)")
+    samples: int = flag(2, "how many held-out prompts to answer before and after training", "[0, inf)", "model")
     show: int = flag(0, "print N pairs as the model sees them, and stop", "[0, inf)", needs="data")
     given: frozenset[str] = frozenset()  # the flags that the command line sets
 
@@ -93,6 +91,9 @@ class Flags:
             (self.model and not self.data and not self.resume, "--model also needs --data (preference files)"),
             (self.model and not self.out and not self.show, "a run on real data needs --out (a folder)"),
             (self.resume and self.overwrite, "expected either --resume or --overwrite, got both"),
+            (self.given >= {"steps", "epochs"}, "expected either --steps or --epochs, got both"),
+            (self.given >= {"eval_data", "eval_size"}, "expected either --eval-data or --eval-size, got both"),
+            (self.eval_every and not self.eval_data and not self.eval_size, "--eval-every needs held-out pairs"),
             (self.max_prompt_length >= self.max_length, "--max-prompt-length must be below --max-length"),
             (not self.model and self.eval_size > 10**6, "--eval-size must be at most 1000000 for the toy"),
         ):

@@ -41,7 +41,7 @@ def flag(default: object, help: str, range: str = "", needs: str = "") -> datacl
     """A field of a dataclass of flags.
 
     range: "[0, 0.5]" or "(0, inf)", where a round bracket leaves the bound itself out, or "float32 | bfloat16".
-    needs: a flag that must be given too.
+    needs: a flag that must be given too, or this one would change nothing.
     """
     special = isinstance(default, OfJob | Like)
     metadata = {"help": help, "range": range, "needs": needs, "default": default}
@@ -61,7 +61,7 @@ def fill_in(flags: object, real: bool) -> None:
         value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]
         if allowed and value is not None and (expected := _expected(value, allowed)):
             raise ValueError(f"{option(field.name)} must be {expected} (got {value})")
-        if needs and value and not getattr(flags, needs):
+        if needs and value and value != field.default and not getattr(flags, needs):
             raise ValueError(f"{option(field.name)} also needs {option(needs)}")
 
 
