@@ -50,7 +50,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta, sum_over_responses
-from model import GPT, Config
+from model import GPT
 from support import toy
 from support.checkpoint import SINGLE, load_model, read_config, save_model
 from support.data import load_pairs, show_pair
@@ -686,63 +686,27 @@ def memory_gb(device: torch.device) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # The two jobs
 
-TOY_PAIRS, TOY_SCALE = 16384, 1.0  # pairs of the toy world; what a point of reward counts in its Bradley–Terry labels
-TOY_MODEL = {"vocab_size": 6, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
-TOY_MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 8}
-TOY_MODEL |= {"windows": (None, None)}
-
 
 def toy_job(flags: Flags, device: torch.device) -> None:
     """ε-DPO and DPO on a world whose every response is listed, from the same pairs and the same reference."""
     torch.set_num_threads(1)  # more would get in each other's way, and change the last digits with their number
     out = Path(flags.out or "out/toy")
     claim(out, flags)
-    world = toy.World(flags.seed)
-    torch.manual_seed(flags.seed)
     if rank_and_world()[1] > 1:
         raise ValueError("the toy is one process's work: without --model, start `python train.py` plainly")
-    reference = GPT(Config(**TOY_MODEL)).to(device)
-    distance = toy.fit_reference(reference, world, seed=flags.seed)
+    problem = toy.make_problem(flags.seed, eval_pairs=flags.eval_size, device=device)
+    world, reference, pairs = problem.world, problem.reference, problem.pairs
     print(
         f"toy world {flags.seed}: 5 prompts with {len(world.responses)} responses each, all of them listed\n"
-        f"reference: a GPT of {count(reference):,} parameters, {distance:.4f} nats from the language it learned"
+        f"reference: a GPT of {count(reference):,} parameters, {problem.distance:.4f} nats from the language it learned"
     )
-    ref_logp = world.list_logps(reference, device)
-    sample = toy.sample_pairs(ref_logp, world.reward, TOY_PAIRS + flags.eval_size, TOY_SCALE, flags.seed)
-    pairs = [
-        Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l), "toy", i)
-        for i, (x, w, l) in enumerate(zip(*(column.tolist() for column in sample)), 1)
-    ]
-    eval_pairs, pairs = pairs[TOY_PAIRS:], pairs[:TOY_PAIRS]
-    logps = {"reference": ref_logp}
-    for name in ("ε-DPO", "DPO"):
-        policy, plain = copy.deepcopy(reference), dataclasses.replace(flags, epsilon_step=0.0, resume=False)
-        if name == "DPO":
-            train(policy, reference, pairs, plain)
-        else:
-            lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, out=out)
-            leave_results(policy, lines, out)
-        logps[name] = world.list_logps(policy, device)
+    policy, baseline = copy.deepcopy(reference), copy.deepcopy(reference)
+    lines = train(policy, reference, pairs, flags, eval_pairs=problem.eval_pairs, out=out)
+    leave_results(policy, lines, out)
+    train(baseline, reference, pairs, dataclasses.replace(flags, epsilon_step=0.0, resume=False))
     betas = [line["beta"] for line in lines if "beta" in line]
-    logps["optimum π*"] = toy.optimum(ref_logp, world.reward, flags.beta)
-    reports = {name: toy.report(logp, ref_logp, world.reward, flags.beta) for name, logp in logps.items()}
-    print(
-        f"\nafter {len(betas)} steps of {flags.batch_size} pairs; exact over all responses; J, π* at β = {flags.beta}"
-    )
-    print(toy.table(reports))
-    print("\nresponses drawn     ", *(f"{name:29}" for name in ("reference", "ε-DPO")))
-    for prompt, letter in enumerate("abcde"):
-        dice = torch.Generator().manual_seed(flags.seed)
-        drawn = [logps[name][prompt].exp().multinomial(4, True, generator=dice) for name in ("reference", "ε-DPO")]
-        texts = (" ".join(map(world.text, x.tolist())) for x in drawn)
-        print(f"  to {letter}:            ", *(f"{text:29}" for text in texts))
-    ours, told = reports["ε-DPO"], pairs_seen(len(betas), len(pairs), flags.batch_size)
-    share = "nothing" if math.isnan(ours.share) else f"{ours.share:.0%}"
-    print(
-        f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: having been told {told:,} times which of two "
-        f"answers was preferred, the policy now beats the reference in {ours.win_rate:.0%} of comparisons, and has "
-        f"{share} of the gain in reward that a policy this close to the reference could have at best."
-    )
+    logps = {"ε-DPO": world.list_logps(policy, device), "DPO": world.list_logps(baseline, device)}
+    toy.print_report(problem, logps, betas, pairs_seen(len(betas), len(pairs), flags.batch_size))
 
 
 def real_job(flags: Flags, device: torch.device) -> None:
