@@ -26,10 +26,11 @@ from torch import Tensor
 
 from epsdpo import beta_steps, epsdpo_loss, perturbed_logits
 from experiments import peers
-from model import GPT, Config
+from model import GPT
 from support import toy
 from support.rows import Pair
-from train import TOY_MODEL, TOY_SCALE, EpsDPO, Flags, train
+from support.toy import TOY_MODEL, TOY_SCALE
+from train import EpsDPO, Flags, train
 
 CACHE, RESULTS = Path("out/compare"), Path(__file__).parent / "results"
 WORLDS = {  # pairs, share of labels flipped, epochs, pairs in a batch
@@ -91,7 +92,7 @@ def world_of(name: str, seed: int) -> tuple[toy.World, GPT, Tensor, list[Pair]]:
     """World, reference, its log-probabilities and the pairs; the reference is fitted once for each seed."""
     world, file = toy.World(seed), CACHE / f"reference-{seed}{'-quick' * (name == 'quick')}.pt"
     torch.manual_seed(seed)
-    reference = GPT(Config(**TOY_MODEL))
+    reference = GPT(TOY_MODEL)
     if not file.exists():
         toy.fit_reference(reference, world, 30 if name == "quick" else 300, seed)
         torch.save(reference.state_dict(), file.with_suffix(f".{os.getpid()}"))

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,11 +13,12 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from epsdpo import beta_steps, linear_token_stats, perturbed_logits, token_stats
-from model import GPT, Config, visible
+from model import GPT, visible
 from support import toy
 from support.checkpoint import resolve
 from support.rows import Pair, collate
-from train import TOY_MODEL, TOY_PAIRS, TOY_SCALE, EpsDPO, Flags, accumulate, memory_gb, train
+from support.toy import TOY_MODEL, TOY_PAIRS, TOY_SCALE
+from train import EpsDPO, Flags, accumulate, memory_gb, train
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind readers too
 rcParams.update({"svg.hashsalt": "1", "axes.spines.top": 0, "axes.spines.right": 0, "legend.frameon": 0})
@@ -27,7 +29,7 @@ def toy_world() -> tuple[toy.World, GPT, torch.Tensor, list[Pair]]:
     """The world of `python train.py`: the reference, its log-probabilities, its pairs."""
     world = toy.World()
     torch.manual_seed(0)
-    reference = GPT(Config(**TOY_MODEL))
+    reference = GPT(TOY_MODEL)
     toy.fit_reference(reference, world)
     logp = world.list_logps(reference)
     rows = zip(*toy.sample_pairs(logp, world.reward, TOY_PAIRS, TOY_SCALE, 0))
@@ -85,7 +87,7 @@ def rounding(figure: Figure) -> None:
         return beta_steps(*(sums[:, :200] - sums[:, 200:]))
 
     torch.manual_seed(0)
-    base = GPT(Config(**TOY_MODEL | {"vocab_size": 100})).requires_grad_(False)
+    base = GPT(replace(TOY_MODEL, vocab_size=100)).requires_grad_(False)
     for p in base.parameters():
         p *= 4 if p.ndim == 2 else 1
     (tokens, y), noise = torch.randint(100, (2, 400, 10)), torch.randn(400, 10, 100)

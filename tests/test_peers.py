@@ -16,10 +16,10 @@ import torch
 from epsdpo import TokenStats, epsdpo_loss, token_stats_by_definition
 from experiments import compare as comparison
 from experiments import peers
-from model import GPT, Config
+from model import GPT
 from support import toy
 from support.rows import Pair, collate
-from train import TOY_MODEL, Flags, compare, train
+from train import Flags, compare, train
 
 PAIRS = [
     Pair(*(np.array(ids) for ids in row))
@@ -35,7 +35,7 @@ PAIRS = [
 @pytest.fixture
 def models():
     torch.manual_seed(0)
-    policy, reference = (GPT(Config(**TOY_MODEL)) for _ in range(2))
+    policy, reference = (GPT(toy.TOY_MODEL) for _ in range(2))
     for p in [*policy.parameters(), *reference.parameters()]:
         p.data *= 3 if p.ndim == 2 else 1
     return policy, reference
@@ -275,8 +275,11 @@ def test_next_logps_is_the_inverse_of_listing():
     table = comparison.next_logps(world, logp)
     torch.testing.assert_close(world.list_logps(lambda _: table), logp)
     ref_table = comparison.next_logps(world, world.list_logps(world.language))
-    row, y = 40, world.rows(torch.tensor([1]), torch.tensor([60]))[0, 2:]  # the row of prompt 1 that begins as 60 does
-    rows = world.rows(torch.tensor([1] * len(world.responses)), torch.arange(len(world.responses)))
+    row, y = (
+        40,
+        world.tokens_of(torch.tensor([1]), torch.tensor([60]))[0, 2:],
+    )  # the row of prompt 1 that begins as 60 does
+    rows = world.tokens_of(torch.tensor([1] * len(world.responses)), torch.arange(len(world.responses)))
     row = next(i for i in range(27) if rows[13 + i, 2:].equal(y)) + 27
     labels = world.responses[60][None]
     sums = token_stats_by_definition(table[row : row + 1, 1:], ref_table[row : row + 1, 1:], labels, 0.1)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 
 import train
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
-from model import GPT, Config
+from model import GPT
 from support import toy
 from support.checkpoint import load_model, load_safetensors, resolve, save_model
 from support.rows import Pair, collate, epoch_order, row_length
@@ -201,16 +202,10 @@ def test_step_0_is_exactly_zero(dtype, options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_step_0_is_exactly_zero_on_the_toy(dtype):
-    torch.manual_seed(0)
-    world, reference = toy.World(), GPT(Config(**train.TOY_MODEL))
-    toy.fit_reference(reference, world, steps=5)
-    sample = toy.sample_pairs(world.list_logps(reference), world.reward, 64, train.TOY_SCALE, 0)
-    pairs = [
-        train.Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l), "toy", i)
-        for i, (x, w, l) in enumerate(zip(*(column.tolist() for column in sample)), 1)
-    ]
-    assert_nothing_has_moved(copy.deepcopy(reference), reference, pairs, dtype, beta=0.5)
+def test_step_0_is_exactly_zero_on_the_toy(dtype, monkeypatch):
+    monkeypatch.setattr(toy, "fit_reference", partial(toy.fit_reference, steps=5))
+    problem = toy.make_problem(pairs=64)
+    assert_nothing_has_moved(copy.deepcopy(problem.reference), problem.reference, problem.pairs, dtype, beta=0.5)
 
 
 @pytest.mark.parametrize(
