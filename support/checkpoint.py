@@ -338,7 +338,7 @@ def load_model(
     same = head is embedding or torch.equal(head.read().double(), embedding.read().double())
     require(same, f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     prepare(model)
-    model.to_empty(device=device)._tie()  # to_empty makes every parameter anew
+    model.to_empty(device=device).tie()  # to_empty makes every parameter anew
     for name, parameter in model.named_parameters():
         value = entries[name].read()
         if isinstance(parameter, DTensor):  # this process's part of it
