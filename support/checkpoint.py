@@ -29,7 +29,7 @@ from support.files import check_folder, read_json, replace_file, require, what_i
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ABSENT = "not a key of this family"
 # fmt: off
-KEYS = {  # every key that changes numbers: what is expected, and each family's default for an absent key in transformers
+KEYS = {  # all keys that change numbers: what is expected, and what an absent key means, as in transformers
     #                           expected           llama    mistral  qwen2    qwen3
     "vocab_size":              ("int > 0",         32000,   32000,   151936,  151936),
     "hidden_size":             ("int > 0",         4096,    4096,    4096,    4096),
@@ -282,9 +282,9 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
     except ValueError as error:
         what = what_is(path)
         raise ValueError(f"{path} is {what}" if what else f"{path}: {error}") from None
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
     texts = type(metadata) is dict and all(type(text) is str for text in metadata.values())
-    check(texts, f"__metadata__: expected an object of text, got {metadata!r}")
+    check(metadata is None or texts, f"__metadata__: expected an object of text, got {metadata!r}")
     for name, info in header.items():
         fits = type(info) is dict and sizes(info.get("shape")) and sizes(info.get("data_offsets"))
         check(fits, f"tensor {name!r}: expected a shape and data_offsets, both integers from 0, got {info!r}")

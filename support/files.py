@@ -66,8 +66,7 @@ def check_folder(folder: Path, wanted: str) -> None:
     elif "adapter_config.json" in names:
         what = "this is a LoRA adapter; merge it into its base model first (merge_and_unload of peft) and save that"
     elif wanted == "tokenizer.json" and "tokenizer.model" in names:
-        what = f"tokenizer.model alone cannot be read; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
-        what += " of transformers writes tokenizer.json"
+        what = "tokenizer.model alone cannot be read; load and save it here with AutoTokenizer of transformers"
     else:
         what = f"expected {wanted} in this folder, got {', '.join(names[:9]) or 'no files'}"
     raise FileNotFoundError(f"{folder}: {what}")
