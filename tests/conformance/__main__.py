@@ -12,7 +12,6 @@ from .cases import PROPERTIES, read
 from .failures import Reporter
 from .judging import Results, read_expected_failures
 
-
 DESCRIBED = 3  # properties; when more fail, they mostly fail for the same reason
 
 
@@ -76,7 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.exit(2, f"{error}\n")
     results = Results(made, read(), options.level or "method", expected)
     reporter = Reporter(results, PROPERTIES)
-    failing = list(dict.fromkeys((j.case["property"], j.case["level"]) for level in ("method", "exact") for j in results.surprises(level)))
+    failing = list(
+        dict.fromkeys(
+            (j.case["property"], j.case["level"]) for level in ("method", "exact") for j in results.surprises(level)
+        )
+    )
     described = 0
     for prop, level in failing:
         if described < DESCRIBED and not reporter.is_told(results.failing(level, prop)):

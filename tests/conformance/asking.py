@@ -127,8 +127,10 @@ class Function:
         self.at_once = 1  # how many cases are best asked together
         self.stalled = False
 
-    def ask(self, cases: list[dict]) -> tuple[list, str]:
-        """An answer, None (declined) or `Failed` for each case, and what was wrong with the run as a whole ("": nothing)."""
+    problem = ""  # what was wrong with the last run as a whole
+
+    def ask(self, cases: list[dict]) -> list:
+        """An answer, None (declined) or `Failed` for each case."""
         answers: list = []
 
         def work() -> None:
@@ -146,10 +148,8 @@ class Function:
             thread.join(self.timeout)
         self.stalled = self.stalled or thread.is_alive()
         found = answers[: len(cases)]
-        if len(found) == len(cases):
-            return found, ""
-        problem = f"the function had not returned after {self.timeout:g} s in all (--timeout)"
-        return found + [Failed(f"no answer: {problem}")] * (len(cases) - len(found)), ""
+        late = Failed(f"no answer: the function had not returned after {self.timeout:g} s in all (--timeout)")
+        return found + [late] * (len(cases) - len(found))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,8 +164,9 @@ class Command:
     def __init__(self, command: str, name: str = "", baseline: str = "arithmetic", timeout: float = 60):
         self.command, self.name, self.baseline, self.timeout = command, name or command, baseline, timeout
 
-    def ask(self, cases: list[dict]) -> tuple[list, str]:
-        """As `Function.ask`."""
+    def ask(self, cases: list[dict]) -> list:
+        """As `Function.ask`; `problem` is then what was wrong with the run as a whole ("": nothing)."""
+        self.problem = ""
         told = [{k: v for k, v in c.items() if k not in ANSWERS} | {"baseline": self.baseline} for c in cases]
         text = "".join(json.dumps(c) + "\n" for c in told)
         try:
@@ -179,7 +180,7 @@ class Command:
             out, err = ((x or b"").decode("utf-8", "replace") for x in (late.stdout, late.stderr))
             status, problem = 1, f"the program had not ended after {self.timeout:g} s (--timeout)"
         except (OSError, ValueError) as error:
-            return [Failed(f"the program could not be started: {error}")] * len(cases), ""
+            return [Failed(f"the program could not be started: {error}")] * len(cases)
         last = (err.strip().splitlines() or ["nothing on standard error"])[-1][:200]
         lines = out.splitlines()
         answers = [parsed(case, line) for case, line in zip(cases, lines)]
@@ -187,11 +188,12 @@ class Command:
         if wrong < len(cases):  # what follows a wrong line may belong to another case
             failed = answers[wrong] if wrong < len(answers) else f"no answer: {problem} ({last})"
             failed = Failed(f"{failed} [after {wrong} of {len(cases)} answers]")
-            return answers[:wrong] + [failed] * (len(cases) - wrong), ""
-        extra = lines[len(cases) :]
-        if extra:
-            return answers, f"{len(extra)} line(s) more than cases on standard output, the first: {extra[0][:100]!r}"
-        return answers, f"{problem} after its last answer ({last})" if status else ""
+            return answers[:wrong] + [failed] * (len(cases) - wrong)
+        if extra := lines[len(cases) :]:
+            self.problem = f"{len(extra)} line(s) more than cases on standard output, the first: {extra[0][:100]!r}"
+        elif status:
+            self.problem = f"{problem} after its last answer ({last})"
+        return answers[: len(cases)]
 
 
 def parsed(case: dict, line: str):

@@ -45,6 +45,7 @@ PROPERTIES = {  # in the order of the file, easy ones first
     "far from the reference": "sure and opposite models: nothing overflows, and small probabilities still count",
 }
 
+
 def number(x: float) -> float:
     """A float32, as the 9 digits that hold it exactly."""
     return float(f"{float32(x):.9g}")
@@ -287,7 +288,7 @@ def micro_batches():
 
 def two_optimizer_steps():
     for epsilon in (0.05, 0.3):
-        for sizes in ([[1], [1]], [[2], [1, 1]], [[2, 1], [1, 2]], [[1], [3], [2, 1]]):
+        for sizes in ([[1], [1]], [[2], [1, 1]], [[2, 2], [1]], [[1], [3], [1, 1]]):
 
             def make(rng, sizes=sizes, epsilon=epsilon):
                 parts = []
@@ -307,7 +308,7 @@ def small_and_large_beta():
 
         def make(rng, beta=beta, spread=spread):
             responses = [draw(rng, 2, 4, spread) for _ in range(6)]
-            return case("small and large beta", responses, beta, 0.1, 0.1, [2, 1])
+            return case("small and large beta", responses, beta, 0.1, 0.1)
 
         yield found(make, lambda c: len(set(c["expected"]["step"])) > 1 and sum(c["expected"]["step"]), "method")
 

@@ -112,7 +112,9 @@ def expect_run(case: dict) -> dict:
             steps.append(expect_step(case | part | {"entry": "logits"}, beta))
             beta = steps[-1]["expected"]["next_beta"][baseline]
         found = [s["expected"] | {"next_beta": s["expected"]["next_beta"][baseline]} for s in steps]
-        joined = {"beta": sum((f["beta"] for f in found), [])} | {k: [f[k] for f in found] for k in ("loss", "next_beta")}
+        joined = {"beta": sum((f["beta"] for f in found), [])} | {
+            k: [f[k] for f in found] for k in ("loss", "next_beta")
+        }
         for name, values in joined.items():
             expected.setdefault(name, {})[baseline] = values
     tolerance = {k: sum((s["tolerance"][k] for s in steps), []) for k in ("step", "beta")}

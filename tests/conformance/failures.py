@@ -11,36 +11,15 @@ import numpy as np
 
 from .asking import ANSWERS, Failed, to_arrays
 from .exact import expect, float32
-from .judging import OPTIONAL, REQUIRED, Judged, Results, expected, judge, to_numbers
+from .judging import REQUIRED, Judged, Results, expected, judge, to_numbers
 from .mistakes import MISTAKES
 
 LOGITS = ("policy_logits", "ref_logits")
-NEARLY_ALL = 0.9  # of the failing cases must be explained before a mistake is named
+COMPARED = (*REQUIRED, "margin", "losses", "delta_minus", "delta_plus")
 SHRINK_SECONDS, DIAGNOSE_SECONDS = 10.0, 15.0  # for a whole run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which mistake it is
-
-
-def agreements(made, judged: Judged, baseline: str) -> dict[str, bool]:
-    """For each quantity of an answer, whether a (mistaken) oracle gives the same one, within the case's bounds."""
-    found = {}
-    with np.errstate(all="ignore"):
-        wrong = made().answer(to_arrays(judged.case, baseline))
-    right = expected(judged.case, baseline)
-    for name in (*REQUIRED, *OPTIONAL[:-1]):
-        if judged.answer.get(name) is None or name not in right:
-            continue
-        theirs, ours = (to_numbers(x, np.shape(right[name])) for x in (judged.answer[name], wrong[name]))
-        if theirs is None or ours is None:
-            return {"": False}
-        size = np.maximum(1, abs(ours) / np.maximum(abs(np.array(right[name])), 1e-300))  # bounds grow with the numbers
-        found[name] = bool((abs(theirs - ours) <= np.array(judged.case["tolerance"][name]) * size).all())
-    return found
-
-
-def explains(made, judged: Judged, baseline: str) -> bool:
-    return all(agreements(made, judged, baseline).values())
 
 
 def both(names: tuple[str, ...]) -> type:
@@ -48,13 +27,25 @@ def both(names: tuple[str, ...]) -> type:
     return MISTAKES[names[0]] if len(names) == 1 else type("Both", tuple(MISTAKES[n] for n in names), {})
 
 
+def agreements(mistake: type, judged: Judged, arrays: dict) -> dict[str, bool]:
+    """For each quantity of an answer, whether the mistake gives the same one, within the case's bounds."""
+    with np.errstate(all="ignore"):
+        wrong = mistake().answer(arrays)
+    right, found = expected(judged.case, arrays["baseline"]), {}
+    for name in COMPARED:
+        if name in wrong and name in right and judged.answer.get(name) is not None:
+            theirs, ours = (to_numbers(x, np.shape(right[name])) for x in (judged.answer[name], wrong[name]))
+            size = np.maximum(1, abs(ours) / np.maximum(abs(np.array(right[name])), 1e-300))  # bounds grow with numbers
+            found[name] = bool((abs(theirs - ours) <= np.array(judged.case["tolerance"][name]) * size).all())
+    return found
+
+
 def spread(judged: list[Judged], n: int) -> list[Judged]:
     """n small cases of as many properties as there are."""
-    order: dict[str, int] = {}
-    ranked = []
+    ranked, seen = [], Counter()
     for j in sorted(judged, key=lambda j: cost(j.case)):
-        order[j.case["property"]] = order.get(j.case["property"], 0) + 1
-        ranked.append((order[j.case["property"]], len(ranked), j))
+        seen[j.case["property"]] += 1
+        ranked.append((seen[j.case["property"]], len(ranked), j))
     return [j for _, _, j in sorted(ranked, key=lambda x: x[:2])[:n]]
 
 
@@ -69,10 +60,11 @@ class Diagnosis:
     """
 
     def __init__(self, results: Results, level: str = "method"):
-        self.baseline = results.implementation.baseline
         numeric = [j for j in results.of(level) if isinstance(j.answer, dict) and not j.malformed]
         self.failing = [j for j in numeric if j.complaints]
         self.passing = [j for j in numeric if not j.complaints]
+        self.arrays = {j.case["id"]: to_arrays(j.case, results.implementation.baseline) for j in numeric}
+        self.few_failing, self.few_passing = spread(self.failing, 12), spread(self.passing, 8)
         self.deadline = time.monotonic() + DIAGNOSE_SECONDS
 
     def text(self) -> str:
@@ -80,66 +72,73 @@ class Diagnosis:
             return ""
         found = self.search([(name,) for name in MISTAKES]) or self.search(self.pairs())
         m = len(self.failing)
-        if found:
-            lines = ["These answers are what you get by:"]
-            for names, n in found[:3]:
-                told = "\n       and: ".join(f"{' '.join(MISTAKES[k].__doc__.split())} [{k}]" for k in names)
-                lines += [*(["   or:"] if len(lines) > 1 else []), f"       {told}", f"       (explains {n} of {m} failing cases)"]
-            return "\n".join(lines)
-        wrong = Counter(name for j in self.failing for name in {c.text.split(":")[0].split("[")[0] for c in j.complaints})
-        counts = ", ".join(f"{name} in {n}" for name, n in wrong.most_common())
-        return f"No known mistake, nor two at once, explains these answers. Wrong in {m} failing cases: {counts}." + self.parts(wrong)
+        if not found:
+            names = (name for j in self.failing for name in {c.text.split(":")[0].split("[")[0] for c in j.complaints})
+            counts = ", ".join(f"{name} in {n}" for name, n in Counter(names).most_common())
+            text = f"No known mistake, nor two at once, explains these answers. Wrong in {m} failing cases: {counts}."
+            return "\n".join([text, *self.steps_alone()])
+        lines = []
+        for names, n in found[:3]:
+            lines.append("   or:" if lines else "These answers are what you get by:")
+            lines.append("       " + "\n       and: ".join(described(name) for name in names))
+            lines.append(f"       (explains {n} of {m} failing cases)")
+        return "\n".join(lines)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Two mistakes, in the order in which they can be made at once: the one that calls the method's own step first."""
+        """Two mistakes that passing cases do not rule out; in both orders where both change the same step of the method."""
+        likely = [k for k in MISTAKES if self.count((k,), self.few_passing, 1) is not None]
         found = []
-        for a, b in itertools.combinations(MISTAKES, 2):
+        for a, b in itertools.combinations(likely, 2):
             same = set(vars(MISTAKES[a])) & set(vars(MISTAKES[b])) - {"__doc__", "__module__"}
-            if not (issubclass(MISTAKES[a], MISTAKES[b]) or issubclass(MISTAKES[b], MISTAKES[a])):
+            if not issubclass(MISTAKES[a], MISTAKES[b]) and not issubclass(MISTAKES[b], MISTAKES[a]):
                 found += [(a, b), (b, a)] if same else [(a, b)]
         return found
 
     def search(self, candidates: list[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
         """The candidates that explain nearly all cases, with how many failing ones, best first."""
-        sample = [*spread(self.failing, 12), *spread(self.passing, 8)]
-        likely = [c for c in candidates if self.count(c, sample, len(sample) // 10) is not None]
         found = []
-        for names in likely:
-            n = self.count(names, self.failing, int((1 - NEARLY_ALL) * len(self.failing)))
+        for names in candidates:
+            sampled = all(self.count(names, few, 1) is not None for few in (self.few_failing, self.few_passing))
+            n = self.count(names, self.failing, len(self.failing) // 10) if sampled else None
             if n is not None and self.count(names, self.passing, len(self.passing) // 20) is not None:
                 found.append((names, n))
         return sorted(found, key=lambda x: -x[1])
 
     def count(self, names: tuple[str, ...], judged: list[Judged], misses: int) -> int | None:
         """How many of these answers the mistakes give, or None if they miss more than allowed (or time is up)."""
-        n = 0
+        mistake, n = both(names), 0
         for i, j in enumerate(judged):
-            n += explains(both(names), j, self.baseline)
-            if i + 1 - n > misses or time.monotonic() > self.deadline:
+            if time.monotonic() > self.deadline:
+                return None
+            n += all(agreements(mistake, j, self.arrays[j.case["id"]]).values())
+            if i + 1 - n > misses:
                 return None
         return n
 
-    def parts(self, wrong: Counter) -> str:
-        """What one mistake explains of a single quantity, in all cases: half of an answer is better than none."""
-        lines = []
-        sample = [*spread(self.failing, 24), *spread(self.passing, 8)]
-        for name in [n for n in ("step", "next_beta") if wrong.get(n, 0) > 2]:
-            for mistake in MISTAKES:
-                if time.monotonic() < self.deadline:
-                    same = [agreements(MISTAKES[mistake], j, self.baseline).get(name, False) for j in sample]
-                    if sum(same) > 0.95 * len(sample):
-                        lines.append(f"\n  {name} alone, in {sum(same)} of {len(sample)} cases: [{mistake}] {' '.join(MISTAKES[mistake].__doc__.split())}")
-        return "".join(lines[:3])
+    def steps_alone(self) -> list[str]:
+        """The mistake that gives the steps, where another one spoils the loss: half of an answer is better than none."""
+        wrong = [j for j in self.failing if any(c.text.startswith("step") for c in j.complaints)]
+        sample, lines = [*spread(wrong, 24), *self.few_passing], []
+        for name, mistake in MISTAKES.items() if len(wrong) > 2 else ():
+            if time.monotonic() < self.deadline:
+                same = sum(agreements(mistake, j, self.arrays[j.case["id"]])["step"] for j in sample)
+                if same > 0.95 * len(sample):
+                    lines.append(f"The steps alone, in {same} of {len(sample)} cases: {described(name)}")
+        return lines[:3]
+
+
+def described(name: str) -> str:
+    return f"{' '.join(MISTAKES[name].__doc__.split())} [{name}]"
 
 
 def same_failures(failing: list[Judged]) -> str:
     """For level exact, where answers are rounding and no two are equal: which mistake fails the same cases."""
-    names = ("float32_subtraction", "bfloat16_logits", "float64_subtraction", "logits_read_as_doubles", "overflowing_increments")
+    names = ("float32_subtraction", "bfloat16_logits", "float64_subtraction", "logits_read_as_doubles")
     shares = {k: sum(k in j.case["flags"] for j in failing) for k in names}
     best = max(names, key=lambda k: shares[k])
-    if shares[best] < NEARLY_ALL * len(failing):
+    if shares[best] < 0.9 * len(failing):
         return ""
-    return f"{shares[best]} of these {len(failing)} cases fail with: {' '.join(MISTAKES[best].__doc__.split())} [{best}]"
+    return f"{shares[best]} of these {len(failing)} cases fail with: {described(best)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +234,7 @@ def smallest_failure(implementation, case: dict, answer, seconds: float) -> tupl
         for group in rounds(case):
             if time.monotonic() > deadline:
                 return None
-            answers, _ = implementation.ask(group)
+            answers = implementation.ask(group)
             for new, found in zip(group, answers):
                 wrong = [] if isinstance(found, Failed) else judge(new, found, implementation.baseline)
                 if wrong and not any(c.malformed for c in wrong):
@@ -262,7 +261,6 @@ def show(case: dict) -> str:
                 more = ", …" if len(case["policy_logits"][j][t]) > 8 else ""
                 lines.append(f"  {name:8} {i}, token {t}: label {y}, policy [{f}{more}], reference [{r}{more}]")
     return "\n".join(lines)
-
 
 
 class Reporter:
@@ -304,10 +302,18 @@ class Reporter:
         if numeric:
             worst = min(numeric, key=lambda j: cost(j.case))
             started = time.monotonic()
-            case, answer = smallest_failure(self.results.implementation, worst.case, worst.answer, min(self.seconds, SHRINK_SECONDS / 3))
+            case, answer = smallest_failure(
+                self.results.implementation, worst.case, worst.answer, min(self.seconds, SHRINK_SECONDS / 3)
+            )
             self.seconds = max(0.0, self.seconds - (time.monotonic() - started))
             wrong = judge(case, answer, self.results.implementation.baseline)
-            text += [f"The smallest, from {worst.case['id']!r}:", "", show(case), "", *(f"  {c.text}" for c in wrong[:6])]
+            text += [
+                f"The smallest, from {worst.case['id']!r}:",
+                "",
+                show(case),
+                "",
+                *(f"  {c.text}" for c in wrong[:6]),
+            ]
         if numeric and level == "exact" and (why := same_failures(numeric)):
             text += ["", why]
         return "\n".join(text)

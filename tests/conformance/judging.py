@@ -116,10 +116,12 @@ def form(case: dict) -> str:
 class Results:
     """An implementation's answers to all cases, asked for once, judged once."""
 
-    def __init__(self, implementation, cases: list[dict], level: str = "method", expected_failures: set[str] = frozenset()):
+    def __init__(
+        self, implementation, cases: list[dict], level: str = "method", expected_failures: set[str] = frozenset()
+    ):
         self.implementation, self.level, self.expected_failures = implementation, level, expected_failures
-        answers, self.problem = implementation.ask(cases)
-        self.problem = self.problem.strip()
+        answers = implementation.ask(cases)
+        self.problem = implementation.problem
         answered = {form(c) for c, a in zip(cases, answers) if a is not None}
         self.judged = []
         for case, answer in zip(cases, answers):
@@ -167,7 +169,7 @@ class Results:
             listed = sum(self.is_expected(j) for j in failing)
             count = f"{len(asked) - len(failing)} of {total} cases right"
             count += f", {total - len(asked)} declined" * (total > len(asked))
-            text.append(f"{did} level {level} ({count}" + f", {listed} expected failures" * bool(listed) + ")")
+            text.append(f"{did} the level {level} ({count}" + f", {listed} expected failures" * bool(listed) + ")")
         return "; ".join(text) + (f"; but {self.problem}" if self.problem else "")
 
     def not_judged(self) -> list[str]:
@@ -179,7 +181,11 @@ class Results:
 
     def as_json(self, properties: dict) -> dict:
         """The report that can be committed: the verdict, a summary by property, the failing cases."""
-        count = lambda prop, v: {"right": len(self.of(v, prop)) - len(self.failing(v, prop)), "asked": len(self.of(v, prop))}  # noqa: E731
+
+        def count(prop: str, level: str) -> dict:
+            asked, failing = len(self.of(level, prop)), len(self.failing(level, prop))
+            return {"right": asked - failing, "asked": asked}
+
         return {
             "format": "epsdpo-report",
             "version": 1,

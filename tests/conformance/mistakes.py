@@ -343,6 +343,8 @@ class MeanOfBetaMeans(Oracle):
     """The next β averaged over micro-batches (or processes), whatever their sizes: add up the counts instead."""
 
     def next_beta(self, beta, steps, epsilon, baseline):
+        if baseline == "harmonic":
+            return super().next_beta(beta, [np.array([s.mean() for s in steps])], epsilon, baseline)
         return float(np.mean([super(MeanOfBetaMeans, self).next_beta(beta, [s], epsilon, baseline) for s in steps]))
 
 
