@@ -320,8 +320,9 @@ def check_8(answer):
 
 
 def check_9(answer):
+    from .conformance.asking import Function
     from .conformance.cases import read
-    from .conformance.judging import Function, complaints
+    from .conformance.judging import complaints
 
     cases = [case for case in read() if case["level"] == "method"]
     for case, found in zip(cases, Function(answer).ask(cases)):
