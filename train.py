@@ -335,7 +335,10 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
     if run.finished:
         return
     problem = toy.make_problem(flags.seed, eval_pairs=flags.eval_size, device=where)
-    print(f"toy world {flags.seed}: a reference {problem.distance:.4f} nats from the language that it learned")
+    print(
+        f"toy world {flags.seed}: 5 prompts with {len(problem.world.responses)} responses each, all of them listed\n"
+        f"reference: a small GPT, {problem.distance:.4f} nats from the language that it learned"
+    )
     policy, plain = copy.deepcopy(problem.reference), copy.deepcopy(problem.reference)
     lines = train(policy, problem.reference, problem.pairs, flags, eval_pairs=problem.eval_pairs, run=run)
     run.finish()
@@ -360,12 +363,13 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
         return
     pairs, eval_pairs = run.saved_pairs(config.vocab_size) or read_pairs(flags, tokenizer, config)
     policy = load_model(folder, device=where, prepare=device.shard)
-    print(forecast(policy, pairs, eval_pairs, flags))
-    if flags.cache_reference:
+    reference = None
+    if not flags.cache_reference:
+        reference = load_model(folder, device=where, prepare=device.shard, keep_16_bit=True)
+    print(forecast(policy, reference, pairs, eval_pairs, flags))
+    if reference is None:
         cached = flags.cache_reference, flags.dtype, flags.micro_tokens
         reference = CachedReference(policy, [*pairs, *eval_pairs], *cached)
-    else:
-        reference = load_model(folder, device=where, prepare=device.shard)
     prompts = eval_pairs[: flags.samples] if tokenizer and one_process else []
     before = answers(policy, prompts, pairs)
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, run=run)
