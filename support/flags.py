@@ -123,8 +123,9 @@ def parse_flags(cls: type, description: str, argv: Sequence[str] | None = None) 
         elif field.type.startswith("tuple"):
             kind = {"type": str, "nargs": "+", "metavar": "FILE", "action": "extend"}
         else:
+            name = field.metadata["range"].replace(" ", "") or "NAME"
             kind = {"int": {"type": int, "metavar": "N"}, "float": {"type": float, "metavar": "X"}}.get(
-                field.type.split()[0], {"type": str, "metavar": "NAME"}
+                field.type.split()[0], {"type": str, "metavar": name}
             )
         parser.add_argument(option(field.name), help=text.replace("%", "%%"), **kind)
     values = vars(parser.parse_args(argv))
