@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import struct
 import zipfile
@@ -17,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.files import check_folder, read_json, what_is
+from support.files import check_folder, read_json, replace_file, what_is
 
 
 def zipped(name: str) -> bytes:
@@ -167,3 +168,21 @@ def test_check_folder_accepts_the_right_folder_and_names_a_file(tmp_path):
     check_folder(tmp_path, "config.json")
     with pytest.raises(FileNotFoundError, match="expected a folder with config.json, got a file"):
         check_folder(tmp_path / "config.json", "config.json")
+
+
+def test_replace_file_leaves_the_old_file_or_the_whole_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    replace_file(path, lambda file: file.write(b"old"))
+
+    def write(file):
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="x cannot be written: disk full"):
+        replace_file(path, write)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
