@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -65,8 +66,8 @@ CHANGES_NUMBERS = re.compile("act|norm|rope|rotary|quant|clip|scal|bias|expert|m
 OFF = ("None", "False", "[]", "{}")
 HARMLESS = re.compile(
     """_.*|.*_token_id|.*dropout|.*_pdrop|architectures|transformers_version|auto_map|dtype|torch_dtype|torchscript
-    |initializer_range|use_cache|id2label|label2id|num_labels|task_specific_params|output_hidden_states|output_attentions|output_scores
-    |return_dict.*|is_decoder
+    |initializer_range|use_cache|id2label|label2id|num_labels|task_specific_params|output_hidden_states|output_attentions
+    |output_scores|return_dict.*|is_decoder
     |chunk_size_feed_forward|gradient_checkpointing|use_bfloat16|is_llama_config|transformers\\.js_config|unsloth_fixed
     |model_max_length|max_sequence_length|max_window_layers|max_length|min_length|do_sample|early_stopping|temperature
     |top_k|top_p|typical_p|num_beams|num_beam_groups|num_return_sequences|.*_penalty|.*no_repeat_ngram_size|bad_words_ids
@@ -153,25 +154,11 @@ def resolve(found: dict) -> Config:
 
     for key, value in given.items():
         require(_changes_nothing(key, value), f"{key} is {value!r}, which {family} does not support")
-    return Config(
-        vocab_size=c["vocab_size"],
-        hidden_size=width,
-        intermediate_size=c["intermediate_size"],
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        head_dim=size,
-        max_position_embeddings=c["max_position_embeddings"],
-        rms_norm_eps=c["rms_norm_eps"],
-        rope_theta=c["rope_theta"],
-        rope_scaling=RopeScaling(**c["rope_scaling"]) if c["rope_scaling"] else None,
-        tie_word_embeddings=c["tie_word_embeddings"],
-        qkv_bias=family == "qwen2" or bool(c["attention_bias"]),
-        o_bias=bool(c["attention_bias"]),
-        mlp_bias=bool(c["mlp_bias"]),
-        qk_norm=family == "qwen3",
-        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
-    )
+    c |= {"head_dim": size, "num_key_value_heads": keys, "o_bias": bool(c["attention_bias"])}
+    c |= {"qkv_bias": c["o_bias"] or family == "qwen2", "qk_norm": family == "qwen3", "mlp_bias": bool(c["mlp_bias"])}
+    c["rope_scaling"] = RopeScaling(**c["rope_scaling"]) if c["rope_scaling"] else None
+    c["windows"] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return Config(**{field.name: c[field.name] for field in fields(Config)})
 
 
 def _one_rope_form(scaling: object, parameters: object, given: dict) -> dict:
@@ -246,58 +233,51 @@ class Entry(NamedTuple):
         return (data.view(self.dtype) if size else torch.empty(0, dtype=self.dtype)).reshape(self.shape)
 
 
-def _json_header(file: BinaryIO, length: int) -> tuple[dict, int]:
-    """The header of a file of `length` bytes, and where its data start. ValueError if it is none."""
+def _unique(pairs: list[tuple]) -> dict:
+    keys = [key for key, _ in pairs]
+    require(len(keys) == len(set(keys)), f"a name is there twice, which the format forbids, among {keys}")
+    return dict(pairs)
 
-    def unique(pairs: list[tuple]) -> dict:
-        keys = [key for key, _ in pairs]
-        require(len(keys) == len(set(keys)), f"a key is there twice, which the format forbids: {keys}")
-        return dict(pairs)
 
-    base = 8 + int.from_bytes(file.read(8), "little")
-    fits = 8 <= base <= min(length, 8 + LARGEST_HEADER)
-    require(fits, f"expected safetensors, got a header of {base - 8} bytes in a file of {length}: is it cut short?")
-    try:
-        header = json.loads(file.read(base - 8).decode(), object_pairs_hook=unique)
-        json.dumps(header, ensure_ascii=False).encode()  # lone surrogates are no text
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a header in JSON: {error}") from None
-    require(type(header) is dict, f"expected a JSON object as header, got {type(header).__name__}")
-    return header, base
+def _sizes(found: object) -> bool:
+    return type(found) is list and all(type(n) is int and 0 <= n < 2**63 for n in found)
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Entry]:
     """The tensors of a safetensors file, every number checked. ValueError names the file and the tensor."""
     path, length = Path(path), os.path.getsize(path)
-
-    def check(ok: bool, otherwise: str) -> None:
-        require(ok, f"{path}: {otherwise}")
-
-    def sizes(found: object) -> bool:
-        return type(found) is list and all(type(n) is int and 0 <= n < 2**63 for n in found)
-
     try:
         with open(path, "rb") as file:
-            header, base = _json_header(file, length)
-    except ValueError as error:
+            base = 8 + int.from_bytes(file.read(8), "little")
+            fits = 8 <= base <= min(length, 8 + LARGEST_HEADER)
+            require(fits, f"expected safetensors, got a header of {base - 8} bytes in a file of {length}: cut short?")
+            header = json.loads(file.read(base - 8).decode(), object_pairs_hook=_unique)
+        json.dumps(header, ensure_ascii=False).encode()  # lone surrogates are no text
+        return _entries(path, header, base, length)
+    except (ValueError, RecursionError) as error:
         what = what_is(path)
         raise ValueError(f"{path} is {what}" if what else f"{path}: {error}") from None
+
+
+def _entries(path: Path, header: object, base: int, length: int) -> dict[str, Entry]:
+    """The tensors that a header describes, in a file of `length` bytes whose data start at byte `base`."""
+    require(type(header) is dict, f"expected a JSON object as header, got {type(header).__name__}")
     metadata = header.pop("__metadata__", None)
     texts = type(metadata) is dict and all(type(text) is str for text in metadata.values())
-    check(metadata is None or texts, f"__metadata__: expected an object of text, got {metadata!r}")
+    require(metadata is None or texts, f"__metadata__: expected an object of text, got {metadata!r}")
     for name, info in header.items():
-        fits = type(info) is dict and sizes(info.get("shape")) and sizes(info.get("data_offsets"))
-        check(fits, f"tensor {name!r}: expected a shape and data_offsets, both integers from 0, got {info!r}")
+        fits = type(info) is dict and _sizes(info.get("shape")) and _sizes(info.get("data_offsets"))
+        require(fits, f"tensor {name!r}: expected a shape and data_offsets, both integers from 0, got {info!r}")
         dtype = info.get("dtype")
-        check(dtype in list(DTYPES), f"tensor {name!r}: expected a dtype of {', '.join(DTYPES)}, got dtype {dtype!r}")
+        require(dtype in list(DTYPES), f"tensor {name!r}: expected a dtype of {', '.join(DTYPES)}, got dtype {dtype!r}")
     entries, end = {}, 0
     for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, start = DTYPES[info["dtype"]], info["shape"], end
         end += math.prod(shape) * dtype.itemsize
         fits = info["data_offsets"] == [start, end] and all(math.prod(shape[:i]) < 2**64 for i in range(len(shape)))
-        check(fits, f"tensor {name!r} of shape {shape}: expected data_offsets {[start, end]}, got {info!r}")
+        require(fits, f"tensor {name!r} of shape {shape}: expected data_offsets {[start, end]}, got {info!r}")
         entries[name] = Entry(path, dtype, tuple(shape), base + start)
-    check(base + end == length, f"expected {base + end} bytes for these tensors, got a file of {length}: cut short?")
+    require(base + end == length, f"expected {base + end} bytes for these tensors, got a file of {length}: cut short?")
     return entries
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import GPT
+from model import GPT, Config, RopeScaling
 from support.checkpoint import (
     INDEX,
     KEYS,
     SINGLE,
+    Entry,
+    check_model,
     load_model,
     load_safetensors,
     read_config,
+    resolve,
     save_model,
     save_safetensors,
 )
@@ -26,12 +30,14 @@ from tests.checkpoints import (
     FAMILIES,
     LLAMA3,
     SMALL,
+    VARIANTS,
     far,
     folder_of,
     oracle,
     rewrite,
     rows,
     small_config,
+    write_checkpoint,
     write_config,
 )
 
@@ -58,6 +64,63 @@ def test_folders_that_transformers_saved(variant, tmp_path):
     model = load_model(tmp_path)
     assert model.config == load_model(folder_of(variant)).config
     assert far(model(rows()), wanted(rows()).logits) < 1e-5
+
+
+WAYS = {  # in which transformers writes a config.json
+    "save_pretrained": lambda config, folder: config.save_pretrained(folder),
+    "to_json_file": lambda config, folder: config.to_json_file(folder / "config.json", use_diff=False),
+    "to_json_file, differences": lambda config, folder: config.to_json_file(folder / "config.json", use_diff=True),
+    "to_dict": lambda config, folder: write_config(folder, config.to_dict()),
+    "to_diff_dict": lambda config, folder: write_config(folder, config.to_diff_dict()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_json_in_every_way_of_transformers(variant, way, tmp_path):
+    """The same numbers, so the same logits as in test_model.py."""
+    WAYS[way](transformers.AutoConfig.from_pretrained(folder_of(variant)), tmp_path)
+    assert read_config(tmp_path) == read_config(folder_of(variant))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_config_json_with_options_that_change_no_number(family, way, tmp_path):
+    """All that transformers' own base class writes, off its defaults, beside the family's."""
+    more = {"output_hidden_states": True, "output_attentions": True, "return_dict": False, "num_labels": 3}
+    more |= {"chunk_size_feed_forward": 4, "problem_type": "regression", "use_cache": False, "attention_dropout": 0.1}
+    more |= {"initializer_range": 0.5, "pad_token_id": 3, "eos_token_id": [4, 5], "architectures": ["X"]}
+    config = transformers.AutoConfig.for_model(family, **(SMALL | {"head_dim": 16} | more))
+    plain = write_checkpoint(tmp_path / "plain", SMALL | {"model_type": family, "head_dim": 16})
+    folder = tmp_path / "written"
+    folder.mkdir()
+    shutil.copy(plain / SINGLE, folder / SINGLE)
+    WAYS[way](config, folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert set(more) <= written.keys() | {"num_labels"}  # or this test says nothing
+    assert far(load_model(folder)(rows()), oracle(plain)[0](rows()).logits) < 1e-5
+
+
+@pytest.mark.parametrize("window", [5, 0, -1, None, 4.5, "4096", 10**9])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_window_that_is_not_used_may_be_anything(family, window, tmp_path):
+    unused = {"use_sliding_window": False, "sliding_window": window, "max_window_layers": window}
+    for off in (unused, {"use_sliding_window": False, "sliding_window": window}):
+        found = resolve(SMALL | {"model_type": family} | off)
+        assert found == resolve(SMALL | {"model_type": family})
+    if family != "llama":
+        assert resolve(SMALL | {"model_type": family, "sliding_window": window}) == found  # off is their default
+
+
+def test_layer_types_that_only_repeat_what_the_family_does():
+    full, sliding = ["full_attention"] * 3, ["sliding_attention"] * 3
+    assert small_config(layer_types=full) == small_config()
+    for window, right, wrong in ((4, sliding, full), (None, full, sliding)):
+        mistral = {"model_type": "mistral", "sliding_window": window}
+        assert small_config(**mistral, layer_types=right) == small_config(**mistral)
+        with pytest.raises(ValueError, match="layer_types"):
+            small_config(**mistral, layer_types=wrong)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -507,11 +570,41 @@ def test_a_single_file_wins_over_an_index(own):
 
 
 def test_a_folder_without_weights_or_config(tmp_path):
-    with pytest.raises(OSError, match=r"config\.json"):
-        load_model(tmp_path)
+    for read in (load_model, check_model):
+        with pytest.raises(OSError, match=r"expected config\.json in this folder, got no files"):
+            read(tmp_path)
     write_config(tmp_path, SMALL | {"model_type": "llama"})
-    with pytest.raises(OSError, match=SINGLE):
-        load_model(tmp_path)
+    for read in (load_model, check_model):
+        with pytest.raises(OSError, match=r"expected model\.safetensors in this folder, got config\.json"):
+            read(tmp_path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 269060552\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX, "model-00002-of-00003.safetensors"])
+def test_a_git_lfs_pointer_is_named_before_any_weight_is_read(name, own):
+    folder = own("llama")
+    if name not in ("config.json", SINGLE):
+        shard(folder)
+    (folder / name).write_bytes(LFS)
+    with pytest.raises(ValueError) as error:
+        check_model(folder)
+    assert str(error.value).startswith(f"{folder / name} is a Git LFS pointer") and "git lfs pull" in str(error.value)
+
+
+def test_check_model_finds_what_load_model_would_without_reading_a_weight(own, monkeypatch):
+    folder = own("llama-tied")
+    monkeypatch.setattr(Entry, "read", lambda entry: pytest.fail("a weight was read"))
+    model, entries = check_model(folder)
+    assert {p.device.type for p in model.parameters()} == {"meta"} and model.config == read_config(folder)
+    assert entries.keys() == model.state_dict().keys()
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut short"):
+        check_model(folder)
+    rewrite(folder := own("qwen2"), vocab_size=62)
+    with pytest.raises(ValueError, match="weights are not those"):
+        check_model(folder)
 
 
 # ---- the reference in its file's dtype --------------------------------------------------------------------------
@@ -731,6 +824,39 @@ def test_source_names_another_folder_and_must_be_of_the_same_model(own, tmp_path
     with pytest.raises(ValueError, match="another model"):
         save_model(model, tmp_path / "bad", source=two)
     assert not (tmp_path / "bad" / SINGLE).exists()
+
+
+OTHER = {  # every number of a Config, another than that of the folder "qwen3-window"
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "intermediate_size": 41,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "windows": (4, None, None),
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "rope_scaling": RopeScaling("linear", 2.0),
+    "tie_word_embeddings": True,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "qk_norm": False,
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
+def test_a_source_that_differs_in_one_number_is_another_model(field, tmp_path):
+    """transformers would read the saved weights with the source's number."""
+    folder = folder_of("qwen3-window")
+    config = dataclasses.replace(read_config(folder), **{field: OTHER[field]})
+    with torch.device("meta"):
+        model = GPT(config)
+    with pytest.raises(ValueError, match="another model"):
+        save_model(model, tmp_path / "out", source=folder)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_saving_into_the_source_itself_and_onto_a_symlink(own):
