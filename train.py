@@ -26,7 +26,7 @@ from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next
 from model import GPT
 from support import device, toy
 from support.cached_reference import CachedReference
-from support.checkpoint import load_model, read_config
+from support.checkpoint import check_model, load_model, read_config
 from support.data import read_pairs, show_pairs
 from support.device import autocast, clip_gradient, loss_scales, my_micro_batches, rank_and_world, sum_over_processes
 from support.flags import Like, OfJob, fill_in, flag, one_line_errors, parse_flags, resume_command
@@ -353,9 +353,11 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     config, folder, one_process = read_config(flags.model), Path(flags.model), rank_and_world()[1] == 1
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if flags.show:
-        return show_pairs(
-            flags.data, flags.show, tokenizer, config.vocab_size, flags.max_length, flags.max_prompt_length
-        )
+        check_model(folder)  # what cannot train should not pass here
+        lengths = flags.max_length, flags.max_prompt_length
+        for text in show_pairs(flags.data, flags.show, tokenizer, config.vocab_size, *lengths):
+            print(f"\n{text}")
+        return
     if flags.cache_reference and not one_process:
         raise ValueError("--cache-reference needs one process")
     run = Run(Path(flags.out), flags, command)
