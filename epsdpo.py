@@ -218,7 +218,7 @@ def _increments(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     p /= total
     logp = f.gather(-1, y) - top - total.log()
     d = f - f_ref
-    u = d.sub_(d.gather(-1, y))  # in place, zero at the label
+    u = d.sub_(d.gather(-1, y))  # zero at the label
     low, high = u.amin(-1), u.amax(-1)  # (n,)
     m = (p * u).sum(-1)
     c = u.sub_(m[:, None])
@@ -242,8 +242,8 @@ def _log_mean_exp_by_moments(p: Tensor, c: Tensor, reach: Tensor, points: tuple[
     as it needs, whatever its neighbours need: what is left out is below 1e-7 of the first term.
     """
 
-    def matters(reach: Tensor | float, k: int) -> Tensor | bool:
-        return 2 * reach ** (k - 2) / float(math.factorial(k)) > 1e-7  # a bound on term k over term 2
+    def matters(reach: Tensor | float, k: int) -> Tensor | bool:  # term k ≤ 2·reach^(k−2) / k! · term 2
+        return 2 * reach ** (k - 2) / float(math.factorial(k)) > 1e-7
 
     sums, term, k = [0.0] * len(points), p * c, 2
     largest = max(reach.tolist(), default=0.0)
@@ -260,9 +260,7 @@ def _log_mean_exp(p: Tensor, log_p: Tensor, x: Tensor) -> Tensor:
     tilted = log_p + x
     large = tilted.logsumexp(-1)
     series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8 * (1 + x / 9)))))))
-    h = torch.where(
-        x.abs() < 0.1, p * series, tilted.exp() - p * (1 + x)
-    )  # p·h(x): near zero the series, or it cancels
+    h = torch.where(x.abs() < 0.1, p * series, tilted.exp() - p * (1 + x))  # p·h(x), which cancels near zero
     return torch.where(large.abs() < 0.4, h.sum(-1).log1p(), large)
 
 
