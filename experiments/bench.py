@@ -1,13 +1,13 @@
-"""What a training step costs, measured side by side: `python -m experiments.bench --model DIR --data FILE.jsonl`.
+"""Measure the cost of a training step: `python -m experiments.bench --model DIR --data FILE.jsonl`
 
     ours     train.py's step with ε > 0
-    cached   the same with the reference's hidden states from a file (--cache-reference), made before the clock starts
-    dpo      the same step as plain DPO: its head computes log-probabilities and never forms the difference of logits
-    usual    two padded sequences a pair, logits of all their tokens, three log-softmaxes (and the reference's)
+    cached   the same with a --cache-reference file, which is made before the clock starts
+    dpo      the same step as plain DPO: the head computes log-probabilities and never the difference of logits
+    usual    two padded sequences per pair, logits of all their tokens, three log-softmaxes (and the reference's)
     trl      TRL's DPOTrainer (plain DPO), where trl is installed
 
-Each measurement is a process of its own (so that its peak memory is its own), and the ways take turns, so that a slow
-minute of the machine hits all. Without --model, a model of --shape with random weights and pairs of random ids.
+Each measurement has a process of its own, so that peak memory is measured for it alone. The ways take turns, so that a
+slow minute of the machine affects all. Without --model: random weights of --shape, and pairs of random ids.
 """
 
 import argparse
@@ -41,23 +41,23 @@ SHAPE = "vocab_size=2048,hidden_size=128,intermediate_size=384,num_hidden_layers
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder")
-    parser.add_argument("--data", help="preference file; its first --pairs usable pairs are taken")
+    parser.add_argument("--data", help="preference file; its first --pairs usable pairs are used")
     parser.add_argument("--shape", default=SHAPE, help="config.json's keys of a random model [%(default)s]")
     parser.add_argument("--lengths", default="128,64,64", help="tokens of random prompts and responses [%(default)s]")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--batch", type=int, default=2, help="pairs in an optimizer step [2]")
-    parser.add_argument("--micro-tokens", type=int, default=512, help="of ours and dpo [512]")
+    parser.add_argument("--micro-tokens", type=int, default=512, help="tokens in a forward pass of ours and dpo [512]")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 [float32]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS), help="[%(default)s]")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # the way that this process measures
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # internal: the way to measure in this process
     return parser.parse_args(argv)
 
 
 def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
-    """The pairs, and how to make a model."""
+    """The pairs, and a function that makes a model."""
     if args.model:
         config, tokenizer = read_config(args.model), Tokenizer.from_pretrained(args.model)
         rules = {"vocab_size": config.vocab_size, "max_length": args.max_length, "skip_bad_rows": True}
@@ -65,10 +65,13 @@ def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
         return pairs[: args.pairs], lambda: load_model(args.model, device=args.device)
     shape = {key: json.loads(value) for key, value in (item.split("=") for item in args.shape.split(","))}
     config = resolve({"model_type": "llama"} | shape)
-    sizes, dice = [int(n) for n in args.lengths.split(",")], torch.Generator().manual_seed(0)
-    ids = [
-        [torch.randint(config.vocab_size, (n,), generator=dice).int().numpy() for n in sizes] for _ in range(args.pairs)
-    ]
+    generator = torch.Generator().manual_seed(0)
+
+    def random_ids(n: int):
+        return torch.randint(config.vocab_size, (n,), generator=generator).int().numpy()
+
+    sizes = [int(n) for n in args.lengths.split(",")]
+    ids = [[random_ids(n) for n in sizes] for _ in range(args.pairs)]
 
     def random_model() -> GPT:
         torch.manual_seed(0)
@@ -79,7 +82,7 @@ def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
 
 
 class LogpsAlone(_LinearTokenStats):
-    """The head of plain DPO: two log-softmaxes of the labels, chunk by chunk; the gradient is inherited."""
+    """Plain DPO's head: two log-softmaxes, chunk by chunk. The backward pass is inherited."""
 
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
@@ -93,8 +96,9 @@ class LogpsAlone(_LinearTokenStats):
                 chunks.append(ctx.last_logits.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1))
             return torch.cat(chunks)
 
-        with torch.autocast(hidden.device.type, enabled=False):
-            ref_logp, logp = logps(ref_hidden, ref_weight), logps(hidden, weight)  # the policy's are kept
+        with torch.autocast(hidden.device.type, enabled=False):  # the policy last: backward needs its logits
+            ref_logp = logps(ref_hidden, ref_weight)
+            logp = logps(hidden, weight)
         ctx.mark_non_differentiable(ref_logp)
         return logp, ref_logp
 
@@ -131,7 +135,7 @@ def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flag
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds a pair and peak memory of one way, after one step to warm up."""
+    """Seconds per pair and peak memory of one way, after one warm-up step."""
     pairs, make = work(args)
     if args.one == "trl":
         return measure_trl(args, pairs)
@@ -141,7 +145,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     if args.one == "cached":
         flags.cache_reference = tempfile.mkdtemp()
         reference = train.CachedReference(policy, pairs, flags)
-        shutil.rmtree(flags.cache_reference)  # what is mapped stays readable
+        shutil.rmtree(flags.cache_reference)  # the mapped file stays readable
     else:
         reference = make().requires_grad_(False)
     method = train.EpsDPO(0.1, 0.01, 0.0 if args.one == "dpo" else 0.01)
@@ -183,7 +187,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def in_parts(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags, timed: Callable) -> None:
-    """A step of ours taken apart; the head runs both with ε and as plain DPO's, on the same hidden states."""
+    """Time the parts of our step. The head runs with ε and as plain DPO's, on the same hidden states."""
 
     def keep(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
@@ -239,7 +243,7 @@ def synchronize(args: argparse.Namespace) -> None:
 
 
 def matmul_rate(args: argparse.Namespace) -> float:
-    """FLOP/s of a square matmul in the dtype that is measured: the best of five."""
+    """FLOP/s of a square matmul in the measured dtype, the best of five."""
     size = 2048 if args.device == "cpu" else 8192
     a = torch.rand(size, size, device=args.device, dtype=getattr(torch, args.dtype))
     times = []

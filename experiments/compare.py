@@ -305,12 +305,6 @@ def numbers(setting: dict, seed: int, runs: dict[str, dict]) -> dict[str, float]
     return found | dict(zip(PATH, (result["betas"][-1], *laws))) | {"steps": n}
 
 
-def row_of(question: int, setting: dict, seeds: range, runs: dict[str, dict]) -> dict:
-    """One line of a table: means over seeds with their standard errors."""
-    each = [numbers(setting, seed, runs) for seed in seeds]
-    return means([setting | {name: x.get(name, math.nan) for name in COLUMNS[question][0]} for x in each], setting)
-
-
 def means(rows: list[dict], same: Collection[str]) -> dict:
     """Merge rows of several seeds: columns in `same` are copied, numbers become mean and standard error."""
     found = {name: rows[0][name] for name in same}
@@ -330,7 +324,7 @@ def show(rows: list[dict]) -> None:
 
 
 def write(rows: list[dict], file: Path) -> None:
-    with open(file, "w", newline="") as f:
+    with open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -401,7 +395,11 @@ def main(argv: list[str]) -> None:
             runs[name] = result
             print(f"\r{len(runs)} of {len(todo)} runs", end="", flush=True)
     for number, settings in sorted(chosen.items()):
-        rows = [row_of(number, setting, seeds, runs) for setting in settings]
+        rows = []
+        for setting in settings:
+            each = [numbers(setting, seed, runs) for seed in seeds]
+            columns = [{name: found.get(name, math.nan) for name in COLUMNS[number][0]} for found in each]
+            rows.append(means([setting | x for x in columns], setting))
         print(f"\n\nquestion {number}")
         show(rows)
         write(rows, results / f"question{number}.csv")

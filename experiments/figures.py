@@ -200,9 +200,8 @@ def growth(figure: Figure) -> None:
             middle.plot(tokens, used, "o-", color=color, label=label)
         used = pool.starmap(head_memory, [(1024, v, False) for v in vocabularies], 1)
         right.plot(vocabularies, used, "o-", color=ORANGE, label="256 tokens at a time")
-        right.plot(
-            vocabularies, [1e-6 * 4 * 256 * v for v in vocabularies], ":", color=GREY, label="one chunk of logits"
-        )
+        chunk = [1e-6 * 4 * 256 * v for v in vocabularies]
+        right.plot(vocabularies, chunk, ":", color=GREY, label="one chunk of logits")
     left.set(xlabel="tokens of a step", ylabel="computing time, s", xlim=0, ylim=0)
     middle.set(xlabel="response tokens (V = 16,384)", ylabel="the head's peak, MB", ylim=0)
     right.set(xlabel="vocabulary (1,024 tokens)", ylabel="the head's peak, MB", xlim=0, ylim=0)
