@@ -29,8 +29,10 @@ from torch import Tensor
 import train
 from epsdpo import EpsDPOLoss, TokenStats, _LinearTokenStats, epsdpo_loss, linear_token_stats, perturbed_logits
 from model import GPT
+from support.cached_reference import CachedReference
 from support.checkpoint import load_model, read_config, resolve
 from support.data import load_pairs
+from support.device import autocast, keep_freed_memory, memory_gb, my_micro_batches
 from support.rows import Pair, collate, row_length
 from support.text import Tokenizer
 
@@ -62,7 +64,7 @@ def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
         config, tokenizer = read_config(args.model), Tokenizer.from_pretrained(args.model)
         rules = {"vocab_size": config.vocab_size, "max_length": args.max_length, "skip_bad_rows": True}
         pairs = load_pairs([args.data], tokenizer, progress=False, **rules)[0]
-        return pairs[: args.pairs], lambda: load_model(args.model, device=args.device)
+        return pairs[: args.pairs], lambda **options: load_model(args.model, device=args.device, **options)
     shape = {key: json.loads(value) for key, value in (item.split("=") for item in args.shape.split(","))}
     config = resolve({"model_type": "llama"} | shape)
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +75,7 @@ def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
     sizes = [int(n) for n in args.lengths.split(",")]
     ids = [[random_ids(n) for n in sizes] for _ in range(args.pairs)]
 
-    def random_model() -> GPT:
+    def random_model(keep_16_bit: bool = False) -> GPT:
         torch.manual_seed(0)
         with torch.device(args.device):
             return GPT(config)
@@ -106,7 +108,7 @@ class LogpsAlone(_LinearTokenStats):
 def logps_alone(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size=256) -> TokenStats:
     logp, ref_logp = LogpsAlone.apply(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size)
     zero = torch.zeros_like(ref_logp, dtype=torch.float64)
-    return TokenStats(logp, ref_logp.double(), zero, zero, zero, zero)
+    return TokenStats(logp, ref_logp.double(), zero, zero, zero)
 
 
 def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags) -> EpsDPOLoss:
@@ -118,7 +120,7 @@ def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flag
         tokens[i, : len(x) + len(y)] = torch.tensor([*x, *y])
         mask[i, len(x) : len(x) + len(y)] = 1
     tokens, mask = tokens.to(device), mask[:, 1:].to(device)
-    with train.bodies_in(flags.dtype, device):
+    with autocast(flags.dtype, device):
         logits = policy(tokens)[:, :-1]  # (2B, T-1, V)
         with torch.no_grad():
             ref_logits = reference(tokens)[:, :-1]
@@ -140,14 +142,14 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     if args.one == "trl":
         return measure_trl(args, pairs)
     if args.one != "usual":
-        train.keep_freed_memory()
+        keep_freed_memory()
     policy, flags = make(), train.Flags(beta=0.1, micro_tokens=args.micro_tokens, dtype=args.dtype)
     if args.one == "cached":
-        flags.cache_reference = tempfile.mkdtemp()
-        reference = train.CachedReference(policy, pairs, flags)
-        shutil.rmtree(flags.cache_reference)  # the mapped file stays readable
+        folder = tempfile.mkdtemp()
+        reference = CachedReference(policy, pairs, folder, args.dtype, args.micro_tokens)
+        shutil.rmtree(folder)  # the mapped file stays readable
     else:
-        reference = make().requires_grad_(False)
+        reference = make(keep_16_bit=True).requires_grad_(False)
     method = train.EpsDPO(0.1, 0.01, 0.0 if args.one == "dpo" else 0.01)
     train.linear_token_stats = logps_alone if args.one == "dpo" else linear_token_stats
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
@@ -167,7 +169,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         elif args.one == "usual":
             usual_loss(policy, reference, batch, flags).loss.backward()
         else:
-            train.accumulate(policy, reference, batch, method, flags)
+            groups = my_micro_batches(batch, flags.micro_tokens)
+            train.run_batch(policy, reference, groups, len(batch), method, flags)
         timed("clip", torch.nn.utils.clip_grad_norm_, policy.parameters(), 1.0)
         timed("optimizer", optimizer.step)
         optimizer.zero_grad()
@@ -178,11 +181,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for i in range(0, len(pairs), args.batch):
         step(pairs[i : i + args.batch])
     synchronize(args)
-    found = {
-        "seconds": (time.perf_counter() - started) / len(pairs),
-        "memory": train.memory_gb(torch.device(args.device)),
-    }
-    found["parameters"], found["rate"] = train.count(policy), matmul_rate(args)
+    found = {"seconds": (time.perf_counter() - started) / len(pairs)} | memory_gb(torch.device(args.device))
+    found["parameters"], found["rate"] = sum(p.numel() for p in policy.parameters()), matmul_rate(args)
     return found | {part: seconds / len(pairs) for part, seconds in parts.items()}
 
 
@@ -192,10 +192,10 @@ def in_parts(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags,
     def keep(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
 
-    for group in train.my_share(pairs, flags.micro_tokens):
+    for group in my_micro_batches(pairs, flags.micro_tokens):
         batch = collate(group).to(next(policy.parameters()).device)
         where = (batch.tokens, batch.positions, batch.segments, batch.source, keep)
-        with train.bodies_in(flags.dtype, batch.tokens.device):
+        with autocast(flags.dtype, batch.tokens.device):
             with torch.no_grad():
                 ref = timed("reference", reference, *where)
             now = timed("policy", policy, *where)
@@ -234,7 +234,7 @@ def measure_trl(args: argparse.Namespace, pairs: list[Pair]) -> dict[str, float]
         models[0], models[1], config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
     )
     trainer.train()
-    return {"seconds": (marks[-1] - marks[0]) / len(pairs), "memory": train.memory_gb(torch.device(args.device))}
+    return {"seconds": (marks[-1] - marks[0]) / len(pairs)} | memory_gb(torch.device(args.device))
 
 
 def synchronize(args: argparse.Namespace) -> None:
@@ -280,12 +280,12 @@ def main() -> None:
     for way in ways:
         ratios = [a / b for a, b in zip(of["ours"], of[way])] if "ours" in of else [math.nan]
         share = 8 * parts[0]["parameters"] * tokens / median(of[way]) / rate
-        memory = median(r["memory"] for r in results[way])
+        memory = median(r["memory_gb"] for r in results[way])
         speed = f"{spread(of[way])} | {tokens / median(of[way]):.0f}"
         print(f"| {way} | {speed} | {memory:.2f} | {spread(ratios)} | {share:.0%} |")
     print("\n| part of ours | s/pair |\n|---|---|")
     for name in [
-        name for name in parts[0] if name not in ("seconds", "memory", "rate", "parameters", "head without ε")
+        name for name in parts[0] if name not in ("seconds", "memory_gb", "rate", "parameters", "head without ε")
     ]:
         print(f"| {name} | {spread([r[name] for r in parts])} |")
     own = [r["head with ε"] - r["head without ε"] for r in parts]

@@ -20,8 +20,9 @@ from epsdpo import beta_steps, linear_token_stats, perturbed_logits, token_stats
 from model import GPT, visible
 from support import toy
 from support.checkpoint import resolve
+from support.device import memory_gb, my_micro_batches
 from support.rows import Pair, collate
-from train import EpsDPO, Flags, accumulate, memory_gb, train
+from train import EpsDPO, Flags, run_batch, train
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind readers too
 rcParams.update({"svg.hashsalt": "1", "axes.spines.top": 0, "axes.spines.right": 0, "legend.frameon": 0})
@@ -165,13 +166,13 @@ def head_memory(tokens: int, vocab: int, full: bool) -> float:
     """Peak MB of head and statistics, forward and backward, without inputs and the gradients (V, D) and (M, D)."""
     ref_hidden, ref_weight, labels = torch.randn(tokens, 64), torch.randn(vocab, 64), torch.zeros(tokens).long()
     hidden, weight = (1.01 * ref_hidden).requires_grad_(), (1.01 * ref_weight).requires_grad_()
-    before = memory_gb(torch.device("cpu"))
+    before = memory_gb(torch.device("cpu"))["memory_gb"]
     if full:
         stats = token_stats(hidden @ weight.T, ref_hidden @ ref_weight.T, labels, 0.01)
     else:
         stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, labels, 0.01)
     stats.logp.sum().backward()
-    return 1e3 * (memory_gb(torch.device("cpu")) - before) - 2 * 4e-6 * 64 * (tokens + vocab)
+    return 1e3 * (memory_gb(torch.device("cpu"))["memory_gb"] - before) - 2 * 4e-6 * 64 * (tokens + vocab)
 
 
 def step_seconds(n: int) -> float:
@@ -184,7 +185,7 @@ def step_seconds(n: int) -> float:
     times = []
     for _ in range(4):
         started = time.process_time()
-        accumulate(policy, reference, pairs, EpsDPO(0.1, 0.01, 0.01), flags)
+        run_batch(policy, reference, my_micro_batches(pairs, 384), n, EpsDPO(0.1, 0.01, 0.01), flags)
         times.append(time.process_time() - started)
     return min(times)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from epsdpo import EpsDPOLoss, TokenStats
 from model import GPT
 from support.rows import Batch, Pair, collate
-from train import compare
+from train import score_pairs
 
 
 def dpo(margin: Tensor, beta: float | Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class KTO(Peer):
 
     def loss(self, chosen: TokenStats, rejected: TokenStats, batch: Batch) -> EpsDPOLoss:
         with torch.no_grad():
-            other = compare(self.policy, self.reference, mismatched(batch), 0.0, "float32")
+            other = score_pairs(self.policy, self.reference, mismatched(batch), 0.0, "float32")
             kl = torch.cat(log_ratios(*other)).mean().clamp(min=0)
         ratio_w, ratio_l = log_ratios(chosen, rejected)
         return result(kto(ratio_w, ratio_l, kl, self.beta), ratio_w - ratio_l, self.beta)
