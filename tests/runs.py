@@ -192,9 +192,9 @@ class Run:
             time.sleep(0.002)
 
 
-def run(argv, folder: Path, **options) -> tuple[int, str]:
+def run(argv, folder: Path, log: Path | None = None, **options) -> tuple[int, str]:
     """Exit code and output of one run."""
-    process = Run(argv, folder / f"log-{time.monotonic_ns()}", **options)
+    process = Run(argv, log or folder / f"log-{time.monotonic_ns()}", **options)
     return process.wait(), process.log
 
 

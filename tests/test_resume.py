@@ -65,10 +65,7 @@ def interrupt() -> None:
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Call `act` in the middle of a step, counted from 0: when its learning rate is asked for.
-
-    A signal is then noticed in the next step, after which the run stops: step + 2 are done.
-    """
+    """Call `act` in a step, counted from 0: when its learning rate is computed. Stopped there, a run did step + 1."""
     original = train.learning_rate
 
     def learning_rate(now, *rest):
@@ -167,21 +164,21 @@ def test_signals_in_made_up_evaluations_lose_nothing(folder, undisturbed, tmp_pa
 
 
 def test_a_signal_in_the_middle_of_one_long_call_is_answered_at_once(folder, tmp_path):
+    """Python runs no handler during one call, such as a backward pass. This one ends when the answer is in the log."""
     log = tmp_path / "log"
-    before = (  # a call during which Python runs no handler, as in a backward pass; it ends once the answer is there
-        "original = train.score_pairs\n"
-        "def score_pairs(*args):\n"
-        "    if torch.is_grad_enabled():\n"
-        "        os.kill(os.getpid(), 15)\n"
-        f"        print('waited', ctypes.PyDLL(None).system(b'for i in $(seq 300); do grep -q stopping \"{log}\" && exit 7; sleep 0.1; done') >> 8)\n"
-        "    return original(*args)\n"
+    shell = f"kill -TERM $PPID; for i in $(seq 300); do grep -q stopping {log} && exit 7; sleep 0.1; done"
+    before = (
         "import ctypes\n"
+        "original, calls = train.score_pairs, []\n"
+        "def score_pairs(*args):\n"
+        "    calls.append(torch.is_grad_enabled())\n"
+        f"    if sum(calls) == 1: print('exit', ctypes.CDLL(None).system({shell.encode()!r}) >> 8)\n"
+        "    return original(*args)\n"
         "train.score_pairs = score_pairs\n"
     )
-    process = Run(argv_of(folder, tmp_path / "out", "--steps", 3), log, before=before.replace("PyDLL", "CDLL"))
-    assert process.wait() == 130
-    assert "stopping after this step (press again to stop now)" in process.log
-    assert re.findall(r"waited (\d)", process.log)[0] == "7" and "stopped after step 1" in process.log
+    code, said = run(argv_of(folder, tmp_path / "out"), tmp_path, before=before, log=log)
+    assert code == 130 and "exit 7\n" in said and "stopped after step 1;" in said
+    assert said.count("stopping after this step (press again to stop now)") == 1
 
 
 class Killed(BaseException):
@@ -338,7 +335,7 @@ def test_a_signal_before_training_is_one_line(where, number, folder, tmp_path, c
     owner = {"load_pairs": support.data, "toy": toy}.get(where, train)
     monkeypatch.setattr(owner, "make_problem" if where == "toy" else where, act)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    code, said = ended([] if where == "toy" else argv_of(folder, tmp_path / "out"), capsys, lines=0)
+    code, said = ended([] if where == "toy" else argv_of(folder, tmp_path / "out"), capsys)
     assert (code, said) == (130, "train.py: interrupted")
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
@@ -579,7 +576,7 @@ def stopped(folder):
     with pytest.MonkeyPatch.context() as m:
         torch.set_num_threads(1)
         m.setitem(sys.modules, "matplotlib.figure", None)
-        at_step(m, 5, interrupt)
+        at_step(m, 6, interrupt)
         assert train.main(argv_of(folder, out, "--eval-every", 5)) == 130
     return out
 
