@@ -18,7 +18,7 @@ loss → next β. It knows no model, no file and no training loop.
 PORTING NOTES (for a port to another framework or language)
   Port first   `token_stats_by_definition` (the method, ten lines), `beta_steps`, `epsdpo_loss`, `next_beta`.
   Port next    `token_stats`: the same numbers without cancellation. It is what makes steps right near the reference.
-  Skip         `linear_token_stats` (memory, not method), the floor (it only feeds a log line), the tiles (speed).
+  Skip         `linear_token_stats` (memory, not method), the tiles (speed).
   What ports get wrong, and what shows it:
     three log-softmaxes subtracted in float32       steps near the reference are rounding: small logit differences
     logits in bf16 or fp16, or a head under autocast   the same, much earlier; casting up afterwards rescues nothing
@@ -58,7 +58,6 @@ class TokenStats(NamedTuple):
     delta_minus: Tensor  # log π(y) under β⁻ = β/(1+ε_c), minus log π_θ(y)
     delta_plus: Tensor  # log π(y) under β⁺ = β/(1−ε_c), minus log π_θ(y)
     kl: Tensor  # KL(π_θ ‖ π_ref) of the next-token distributions, in nats, ≥ 0
-    floor: Tensor | None = None  # an upper bound on the rounding error of the two deltas, given the logits
 
 
 class EpsDPOLoss(NamedTuple):
@@ -69,7 +68,6 @@ class EpsDPOLoss(NamedTuple):
     beta: Tensor  # float64: β̃
     step: Tensor  # int64: +1 lower β, 0 keep it, −1 raise it
     margin: Tensor  # float64: the log-ratio of chosen minus that of rejected
-    uncertain: Tensor  # bool: the step lies within rounding of another one (all False when no floor was given)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +227,7 @@ def _chunk_stats(logits: Tensor, ref_logits: Tensor, labels: Tensor, epsilon: fl
             for column, values in zip(stats, exact):
                 column[far] = values
         # A logit that is NaN or infinite makes |u| so; the mark is read once, after all chunks.
-        tiles.append(stats._replace(floor=stats.floor.where(size.isfinite(), math.nan)))
+        tiles.append(stats._replace(kl=stats.kl.where(size.isfinite(), math.nan)))
     return TokenStats(*(torch.cat(column) for column in zip(*tiles)))
 
 
@@ -250,12 +248,10 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     log_p = f.log_softmax(-1)  # (n, V)
     p = log_p.exp()
     d = f - f_ref
-    d_y = d.gather(-1, y)  # (n, 1)
-    u = d.sub_(d_y)  # (n, V), zero at the label
+    u = d.sub_(d.gather(-1, y))  # (n, V), zero at the label
     low, high = u.amin(-1), u.amax(-1)  # (n,)
     size = torch.maximum(-low, high).double()  # max|u|
-    weighted = p * u
-    u_mean, u_abs = weighted.sum(-1), weighted.abs_().sum(-1).double()
+    u_mean = (p * u).sum(-1)
     points = (epsilon, -epsilon, -1.0)
     if f.dtype == torch.float32:
         largest = max(torch.maximum(high - u_mean, u_mean - low).tolist(), default=0.0)
@@ -266,15 +262,9 @@ def _tile_stats(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     else:
         delta_minus, delta_plus = (-_log_mean_exp(p, log_p, s * u, torch.expm1, lambda a: 1.0) for s in points[:2])
         kl = _log_mean_exp(p, log_p, u_mean[:, None] - u, _expm1_minus_x, lambda a: 1 + a)
-    # Rounding: of the increments, 2⁻¹⁶·E_p|expm1(±εu)| ≤ 2⁻¹⁶·E_p|u|·expm1(a)/max|u|, a = ε·max|u|, of d itself
-    # and, where they are huge, of the increments in float64.
-    growth = (epsilon * size).clamp(max=600).expm1() / size.clamp(min=1e-300)
-    delta, eps = torch.maximum(delta_minus.abs(), delta_plus.abs()), torch.finfo(f.dtype).eps
-    floor = 2.0**-16 * (u_abs * growth).maximum(delta).clamp(max=1.0) + 2.0**-50 * delta + 1e-37
-    floor += epsilon * eps * (u_abs + 2 * d_y.squeeze(-1).abs())
     logp = log_p.gather(-1, y).squeeze(-1)
     ref_logp = logp.double() + (u_mean.double() - kl)
-    return TokenStats(logp, ref_logp, delta_minus, delta_plus, kl, floor), size
+    return TokenStats(logp, ref_logp, delta_minus, delta_plus, kl), size
 
 
 def _sums_of_moments(p: Tensor, c: Tensor, largest: float, points: tuple[float, ...]) -> list[Tensor]:
@@ -320,7 +310,7 @@ def sum_over_responses(stats: TokenStats, owner: Tensor, num_responses: int) -> 
     def total(x: Tensor) -> Tensor:  # (M,) -> (num_responses,)
         return torch.zeros(num_responses, dtype=torch.float64, device=x.device).index_add(0, owner, x.double())
 
-    return TokenStats(*(None if x is None else total(x) for x in stats))
+    return TokenStats(*(total(x) for x in stats))
 
 
 def beta_steps(delta_minus: Tensor, delta_plus: Tensor) -> Tensor:
@@ -348,7 +338,7 @@ def epsdpo_loss(chosen: TokenStats, rejected: TokenStats, beta: float, epsilon_s
     process without pairs): its `losses` are empty and their mean is nan.
     """
     _check_beta(beta, epsilon_step)
-    shapes = {tuple(x.shape) for stats in (chosen, rejected) for x in stats if x is not None}
+    shapes = {tuple(x.shape) for stats in (chosen, rejected) for x in stats}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ValueError(f"sums per response of one shape (B,) expected, found shapes {sorted(shapes)}")
     delta_minus = chosen.delta_minus.double() - rejected.delta_minus.double()
@@ -360,11 +350,7 @@ def epsdpo_loss(chosen: TokenStats, rejected: TokenStats, beta: float, epsilon_s
     if not margin.isfinite().all():
         raise ValueError("log-probabilities must be finite: the margin of a pair is not")
     losses = -F.logsigmoid(beta_pair * margin)
-    uncertain = torch.zeros_like(step, dtype=torch.bool)
-    if chosen.floor is not None and rejected.floor is not None:
-        certain = torch.minimum(delta_minus.abs(), delta_plus.abs()) > chosen.floor + rejected.floor
-        uncertain = ~certain  # where a floor is NaN nothing is certain
-    return EpsDPOLoss(losses.mean(), losses, beta_pair, step, margin.detach(), uncertain)
+    return EpsDPOLoss(losses.mean(), losses, beta_pair, step, margin.detach())
 
 
 def next_beta(beta: float, n_lower: int, n_keep: int, n_raise: int, epsilon_step: float) -> float:
@@ -421,6 +407,6 @@ def _check_labels(labels: Tensor, vocab: int, epsilon_check: float) -> None:
 
 
 def _check_finite(stats: TokenStats) -> None:
-    if not stats.floor.isfinite().all():
-        where = stats.floor.isfinite().logical_not().nonzero()[0].item()
+    if not stats.kl.isfinite().all():
+        where = stats.kl.isfinite().logical_not().nonzero()[0].item()
         raise ValueError(f"logits of token {where} are not finite: the policy or the reference has overflowed")

@@ -126,7 +126,7 @@ def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flag
     with torch.no_grad():
         minus, plus = (sums(perturbed_logits(logits, ref_logits, s)) - logp for s in (0.01, -0.01))
         stats = TokenStats(logp, sums(ref_logits), minus, plus, torch.zeros_like(minus))
-    sides = (TokenStats(*(x[half] for x in stats[:5])) for half in (slice(len(pairs)), slice(len(pairs), None)))
+    sides = (TokenStats(*(x[half] for x in stats)) for half in (slice(len(pairs)), slice(len(pairs), None)))
     return epsdpo_loss(*sides, flags.beta, flags.epsilon_step)
 
 

@@ -60,7 +60,7 @@ def log_ratios(chosen: TokenStats, rejected: TokenStats) -> tuple[Tensor, Tensor
 def result(losses: Tensor, margin: Tensor, beta: float | Tensor) -> EpsDPOLoss:
     """What `train` expects of a loss; no pair takes a step."""
     none = torch.zeros_like(margin, dtype=torch.int64)
-    return EpsDPOLoss(losses.mean(), losses, beta + 0.0 * margin.detach(), none, margin.detach(), none.bool())
+    return EpsDPOLoss(losses.mean(), losses, beta + 0.0 * margin.detach(), none, margin.detach())
 
 
 @dataclass

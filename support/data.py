@@ -18,13 +18,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from model import Config
+from support.device import rank_and_world
 from support.rows import BadRow, Pair
-from support.text import Tokenizer, common_length, normal
+from support.text import Tokenizer
 
 MAX_LINE = 1 << 24  # bytes; a longer line is no preference pair, and a small gzip file can hold a huge one
 FIELDS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follow in dialogues written as plain text
+
+
+def common_length(*sequences: Sequence) -> int:
+    shortest = min(map(len, sequences))
+    return next((i for i, items in enumerate(zip(*sequences)) if items.count(items[0]) < len(items)), shortest)
+
+
+def without_nulls(message: dict) -> dict:
+    """Tables hold null for an absent field, and some templates would print it as None."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -74,7 +86,7 @@ def form_of(name: str, value: object) -> tuple[str, object]:
         if message.get("role") not in ROLES or not (isinstance(content, str) or content is None and called):
             accepted = f"a role of {', '.join(ROLES)} and a text as content are accepted"
             raise BadRow("not a message", f"{name}[{i}] is {message!r:.80}; {accepted}")
-    return "messages", list(map(normal, value))
+    return "messages", list(map(without_nulls, value))
 
 
 def one_form(row: dict) -> tuple[str, list]:
@@ -249,3 +261,36 @@ def show_pair(pair: Pair, tokenizer: Tokenizer | None) -> str:
         text = both[len(prompt) :] if both.startswith(prompt) else decode(ids)
         lines.append(f"⟦{name}, {len(ids)} tokens⟧{text}{missing or '⟦end⟧'}")
     return "\n".join(lines)
+
+
+def hold_out(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on, and `size` held-out ones but at most a third: the same for every seed."""
+    order = np.random.default_rng(0).permutation(len(pairs))
+    held = min(size, len(pairs) // 3)
+    return [pairs[i] for i in np.sort(order[held:])], [pairs[i] for i in np.sort(order[:held])]
+
+
+def show_pairs(files, n, tokenizer, vocab_size, max_length, max_prompt_length) -> None:
+    pairs, report = load_pairs(files, tokenizer, vocab_size, max_length, max_prompt_length)
+    print(report)
+    print("\n\n".join(show_pair(pair, tokenizer) for pair in pairs[:n]))
+
+
+def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and the held-out ones, from the files, with a report of what became of their rows."""
+    if not flags.data:
+        raise ValueError(f"--resume: {flags.out} has no pairs.npz; give --data again")
+    rules = {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "max_length": flags.max_length}
+    rules |= {"max_prompt_length": flags.max_prompt_length, "skip_bad_rows": flags.skip_bad_rows}
+    rules |= {"max_position_embeddings": config.max_position_embeddings, "progress": rank_and_world()[0] == 0}
+    pairs, report = load_pairs(flags.data, **rules)
+    print(report)
+    if flags.eval_data:
+        eval_pairs, report = load_pairs(flags.eval_data, **rules)
+        print(f"held out, from --eval-data: {report}")
+    else:
+        pairs, eval_pairs = hold_out(pairs, flags.eval_size)
+        print(f"held out: {len(eval_pairs):,} of them, {len(pairs):,} to train on")
+    if not pairs or (flags.eval_data and not eval_pairs):
+        raise ValueError("--data or --eval-data: no usable pair is left")
+    return pairs, eval_pairs

@@ -1,14 +1,52 @@
-"""Files: written whole or not at all, and JSON objects read with an error that names the file."""
+"""Files: written whole or not at all, JSON objects with errors that name the file, and what a wrong file really is."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+DATASETS = "import datasets; datasets.load_dataset('KIND', data_files='PATH')['train'].to_json('pairs.jsonl')"
+TO_JSON = f'a table; make JSON lines of it with: python -c "{DATASETS}"'
+KINDS = {  # how a file begins -> what it is, and what to do
+    rb"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull` in its folder",
+    rb"\s*(<!doctype|<html)": "an HTML page in place of the file: download the file again",
+    rb"entry not found": "a server's error message in place of the file: download the file again",
+    rb"\x80[\x02-\x05]|PK\x03\x04.{26,99}data\.pkl": "a PyTorch pickle (it may run code): save as safetensors",
+    rb"GGUF": "a GGUF file: download the model's safetensors",
+    rb"\x89HDF": "an HDF5 file: download the model's safetensors",
+    rb"PK\x03\x04": "a zip archive: unpack it with `unzip`",
+    rb"\x1f\x8b": "a gzip file: unpack it with `gunzip`",
+    rb"\x28\xb5\x2f\xfd": "a zstd file: unpack it with `zstd -d`",
+    rb"BZh": "a bzip2 file: unpack it with `bunzip2`",
+    rb"\xfd7zXZ": "an xz file: unpack it with `unxz`",
+    rb"\xff\xfe|\xfe\xff|([\n\r -~]\0){2}|(\0[\n\r -~]){2}": "text in UTF-16: convert it to UTF-8 with `iconv`",
+    rb"PAR1": TO_JSON.replace("KIND", "parquet"),
+    rb"ARROW1|\xff{4}": TO_JSON.replace("KIND", "arrow"),
+    rb'(\xef\xbb\xbf)?"?\w[\w.-]*"?([,;\t]"?\w[\w.-]*"?)+\r?\n': TO_JSON.replace("KIND", "csv"),  # names of columns
+}
+
+
+def what_is(path: str | os.PathLike) -> str | None:
+    """What a file is that should be JSON or safetensors, by its first bytes, and what to do; None if they do not say.
+
+    The answer completes a sentence, f"{path} is {what_is(path)}". Raises OSError if the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "empty: download it again"
+    if start[8:10] == b'{"':  # safetensors: the 8 bytes before are a number, which can look like anything
+        return None
+    for pattern, kind in KINDS.items():
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            return kind.replace("PATH", str(path))
+    return None
 
 
 def require(ok: bool, otherwise: str) -> None:
@@ -17,12 +55,14 @@ def require(ok: bool, otherwise: str) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file. ValueError says what the file holds instead, OSError that it cannot be read."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         json.dumps(found, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON in UTF-8: {error}") from None
-    require(type(found) is dict, f"{path}: must hold a JSON object, holds {type(found).__name__}")
+        what = what_is(path)
+        raise ValueError(f"{path} is {what}" if what else f"{path}: expected JSON in UTF-8: {error}") from None
+    require(type(found) is dict, f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +83,20 @@ def micro_batches(pairs: Sequence[Pair], token_budget: int) -> list[list[int]]:
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of n pairs in one epoch, (n,) int64: a function of seed and epoch alone."""
     return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def places(pairs: Sequence[Pair]) -> str:
+    """Where the pairs are in their files."""
+    return "rows " + ", ".join(f"{Path(pair.file).name}:{pair.line}" for pair in pairs[:8]) + " …" * (len(pairs) > 8)
+
+
+def ids_hash(pairs: Sequence[Pair]) -> str:
+    """A hash of all token ids and of where each part of a pair ends."""
+    ids = hashlib.sha256()
+    for pair in pairs:
+        for part in pair[:3]:
+            ids.update(len(part).to_bytes(8, "little") + part.astype("<i4").tobytes())
+    return ids.hexdigest()
 
 
 class BadRow(ValueError):

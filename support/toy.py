@@ -1,20 +1,20 @@
-"""A world small enough to list, where every number about a policy can be computed and none has to be estimated.
+"""A world small enough to list: every number about a policy is computed, none is estimated.
 
-The alphabet is a–e. A prompt is one letter; a response is 0 to 5 letters and a stop, which makes 3,906 responses for
-each of 5 prompts. After five letters the world stops by itself: that stop is neither sampled nor scored, so the
+The alphabet is a–e. A prompt is one letter. A response is 0 to 5 letters and a stop, so each of the 5 prompts has the
+same 3,906 responses. After five letters the world stops by itself; this stop is neither sampled nor scored, so the
 probabilities of the listed responses sum to exactly 1. The reward can be checked by eye: +1 for each occurrence of the
 prompt's letter, −1 for each doubled letter. For prompt a, "abca." earns 2 and "aab." earns 2 − 1 = 1.
 
 A *policy* is any callable from tokens (B, T) int64 to next-token logits (B, T, 6): a model, or the language itself.
-What it does in this world is one tensor (5, 3906), the log-probabilities of all responses; nothing else is asked of it.
+All that the reports need from a policy is one tensor (5, 3906), the log-probabilities of all responses.
 """
 
 from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,13 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import GPT, Config
+from support.rows import Pair
+
+TOY_PAIRS = 16384  # pairs to train on
+TOY_SCALE = 1.0  # a response with one more point of reward is preferred with probability σ(TOY_SCALE)
+TOY_MODEL = Config(
+    vocab_size=6, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=16, max_position_embeddings=8, windows=(None, None),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class World:
     """P = `letters` prompts, each with the same list of N responses of at most `length` letters; token `letters` stops.
 
     Responses are listed by length, then alphabetically. This is the order of a tree where each node has one child per
-    letter: a response shorter than `length` stops at its node, one of full length has arrived at a leaf.
+    letter: a response shorter than `length` stops at its node, a response of full length ends at a leaf.
     """
 
     seed: int = 0
@@ -45,7 +55,7 @@ class World:
         return torch.cat([level(n) for n in range(self.length + 1)])
 
     @cached_property
-    def sizes(self) -> Tensor:  # (N,) int64: tokens sampled and scored, the stop among them unless the world made it
+    def sizes(self) -> Tensor:  # (N,) int64: how many tokens are sampled and scored: the letters and, if any, the stop
         return ((self.responses < self.letters).sum(1) + 1).clamp(max=self.length)
 
     @cached_property
@@ -56,16 +66,16 @@ class World:
         return hits - doubled.sum(-1)
 
     @cached_property
-    def chain(self) -> Tensor:  # (P, letters, letters) float64: P(next letter | prompt, letter before it)
-        dice = torch.Generator().manual_seed(self.seed)
-        spread = 0.7  # uneven, but no letter so rare after another that the pairs would hardly show it
-        return (spread * torch.randn(3 * [self.letters], generator=dice, dtype=torch.float64)).softmax(-1)
+    def chain(self) -> Tensor:  # (P, letters, letters) float64: P(next letter | prompt, previous letter)
+        generator = torch.Generator().manual_seed(self.seed)
+        spread = 0.7  # uneven, but every letter follows every other often enough to occur in the pairs
+        return (spread * torch.randn(3 * [self.letters], generator=generator, dtype=torch.float64)).softmax(-1)
 
     def language(self, tokens: Tensor) -> Tensor:
-        """The language as a policy: a first-order Markov chain for each prompt, that starts from the prompt's letter.
+        """The language as a policy: a first-order Markov chain for each prompt that starts from the prompt's letter.
 
-        Its stop has probability 0.1 at first and 0.1 more after each letter, at most 0.9. Takes `rows` (B, T); returns
-        log-probabilities (B, T, letters + 1) float64, which mean nothing at the first token and after a stop.
+        Its stop has probability 0.1 at first and 0.1 more after each letter, at most 0.9. Takes `tokens_of` (B, T);
+        returns log-probabilities (B, T, letters + 1) float64, without meaning at the first token and after a stop.
         """
         stop = 0.1 * torch.arange(tokens.shape[1], dtype=torch.float64).clamp(max=9)  # (T,)
         stop = stop.expand(tokens.shape)[..., None]  # (B, T, 1)
@@ -73,11 +83,10 @@ class World:
         return torch.cat([chain * (1 - stop), stop], -1).log()
 
     def prompt_ids(self, prompt: int) -> np.ndarray:
-        """Token ids of a prompt: a stop (of whatever was before), then its letter.
+        """Token ids of a prompt: a stop, then its letter.
 
-        Without the stop a model with rotary positions, which sees distances alone, could not tell the row "a" from the
-        rows "aa" and "aaa": all it can attend to is the same. After a prompt the next letter would have to be as
-        likely as after the prompt and its letter, though one earns a point there and the other none.
+        A model with rotary positions only sees distances. Without the stop, the rows "a", "aa" and "aaa" would look the
+        same to it, and it could not predict different next letters after the prompt and after the letters that follow.
         """
         return np.array([self.letters, prompt], np.int32)
 
@@ -86,25 +95,27 @@ class World:
         return self.responses[response, : self.sizes[response]].numpy().astype(np.int32)
 
     def text(self, response: int) -> str:
-        """A listed response for people: "abca." """
+        """A listed response as text: "abca." """
         return "".join((string.ascii_lowercase[: self.letters] + ".")[i] for i in self.response_ids(response))
 
-    def rows(self, prompt: Tensor, response: Tensor) -> Tensor:
-        """Prompts and responses, (B,) int64 each, as rows of tokens (B, 1 + length), the last token left out."""
+    def tokens_of(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """Tokens (B, 1 + length) of prompts and responses, (B,) int64 each, without the last token."""
         start = torch.full_like(prompt, self.letters)
         return torch.cat([start[:, None], prompt[:, None], self.responses[response, :-1]], 1)
 
     @torch.no_grad()
     def list_logps(self, policy: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> Tensor:
-        """log π(y|x) of every response, (P, N) float64 on the CPU, from one pass over all rows of `length` − 1 letters.
+        """log π(y|x) of every response, (P, N) float64 on the CPU, from one call of `policy`.
 
-        The rows, (P · letters^(length−1), 1 + length), are on `device`; the logits are normalised in float64.
+        The call's tokens (P · letters^(length−1), 1 + length) are on `device`; logits are normalised in float64.
         """
-        longest = torch.nonzero((self.responses < self.letters).sum(1) == self.length - 1)[:, 0]  # stopped just in time
-        tokens = self.rows(torch.arange(self.letters).repeat_interleave(len(longest)), longest.repeat(self.letters))
+        longest = torch.nonzero((self.responses < self.letters).sum(1) == self.length - 1)[:, 0]
+        tokens = self.tokens_of(
+            torch.arange(self.letters).repeat_interleave(len(longest)), longest.repeat(self.letters)
+        )
         logps = policy(tokens.to(device))[:, 1:].double().cpu().log_softmax(-1)  # (P · longest, length, V)
         logps = logps.view(self.letters, len(longest), self.length, -1)
-        prefix, stopped = logps.new_zeros(self.letters, 1), []  # log P(begins with it), log P(is it), of n letters
+        prefix, stopped = logps.new_zeros(self.letters, 1), []  # log P(begins with these n letters), log P(is them)
         for n in range(self.length):
             node = logps[:, :: self.letters ** (self.length - 1 - n), n]  # (P, letters^n, V): one row for each prefix
             stopped.append(prefix + node[..., -1])
@@ -115,17 +126,17 @@ class World:
 def fit_reference(model: torch.nn.Module, world: World, steps: int = 300, seed: int = 0, lr: float = 3e-3) -> float:
     """Train `model` on the language by maximum likelihood; returns KL(language ‖ model) in nats.
 
-    Each step draws 64 texts, but scores all next tokens at each of their prefixes with the language's probabilities,
-    which is what sampled tokens would score on average. So the gradient's noise vanishes as the model arrives.
+    Each step draws 64 texts. At each of their prefixes the target is the language's distribution of the next token, not
+    the sampled token: the same gradient on average, and its noise vanishes as the model gets close.
     """
-    dice, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     language = world.list_logps(world.language)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        text = torch.multinomial(language.exp().flatten(), 64, replacement=True, generator=dice)
+        text = torch.multinomial(language.exp().flatten(), 64, replacement=True, generator=generator)
         response = text % language.shape[1]
-        tokens = world.rows(text // language.shape[1], response)
+        tokens = world.tokens_of(text // language.shape[1], response)
         scored = torch.arange(world.length) < world.sizes[response, None]  # (64, length)
         target = world.language(tokens)[:, 1:][scored].exp().float().to(device)  # (M, V)
         loss = F.cross_entropy(model(tokens.to(device))[:, 1:][scored.to(device)].float(), target)
@@ -139,21 +150,52 @@ def fit_reference(model: torch.nn.Module, world: World, steps: int = 300, seed: 
 def sample_pairs(logp: Tensor, reward: Tensor, n: int, scale: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """n preferences (prompt, chosen, rejected), each an (n,) int64 tensor of places in the list.
 
-    Prompts are uniform; both responses are drawn from `logp` (P, N), anew while they are equal; the first is chosen
-    with probability σ(scale · (r1 − r2)) (Bradley–Terry). ValueError if `logp` leaves nothing to choose between.
+    Prompts are uniform. Both responses are drawn from `logp` (P, N), and drawn again while they are equal; the first is
+    chosen with probability σ(scale · (r1 − r2)) (Bradley–Terry). ValueError if one response has almost all probability.
     """
     if logp.max() > math.log(0.999):
-        raise ValueError(f"one response has probability {logp.max().exp():.6f}: two different ones cannot be drawn")
-    dice = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(len(logp), (n,), generator=dice)
+        raise ValueError(f"expected two different responses, but one has probability {logp.max().exp():.6f}")
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(len(logp), (n,), generator=generator)
     pair = torch.zeros(n, 2, dtype=torch.int64)
-    while (equal := pair[:, 0] == pair[:, 1]).any():  # both anew: keeping the first would change its distribution
-        draws = torch.multinomial(logp.exp(), 2 * n, replacement=True, generator=dice).view(-1, n, 2)
+    while (equal := pair[:, 0] == pair[:, 1]).any():  # draw both again: keeping the first would change its distribution
+        draws = torch.multinomial(logp.exp(), 2 * n, replacement=True, generator=generator).view(-1, n, 2)
         pair[equal] = draws[prompt, torch.arange(n)][equal]
     r = reward[prompt[:, None], pair].double()  # (n, 2)
-    first = torch.rand(n, generator=dice, dtype=torch.float64) < torch.sigmoid(scale * (r[:, 0] - r[:, 1]))
+    first = torch.rand(n, generator=generator, dtype=torch.float64) < torch.sigmoid(scale * (r[:, 0] - r[:, 1]))
     chosen = torch.where(first, pair[:, 0], pair[:, 1])
     return prompt, chosen, pair.sum(1) - chosen
+
+
+class Problem(NamedTuple):
+    """What a toy run starts from."""
+
+    world: World
+    reference: GPT
+    distance: float  # KL(language ‖ reference), nats
+    ref_logp: Tensor  # (P, N) float64, the reference's log-probabilities of all responses
+    pairs: list[Pair]
+    eval_pairs: list[Pair]
+
+
+def make_problem(
+    seed: int = 0, pairs: int = TOY_PAIRS, eval_pairs: int = 128, scale: float = TOY_SCALE,
+    device: torch.device | str = "cpu", world: World | None = None,
+) -> Problem:  # fmt: skip
+    """The world of `seed` (or `world`), a GPT fitted to its language as the reference, and labelled pairs.
+
+    Pairs are drawn from the language itself, in float64, and not from the reference: a network's float32 probabilities
+    differ between CPUs in their last bits, and so would the pairs. The global random state is not changed.
+    """
+    world = world or World(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reference = GPT(replace(TOY_MODEL, vocab_size=world.letters + 1)).to(device)
+    distance = fit_reference(reference, world, seed=seed)
+    columns = sample_pairs(world.list_logps(world.language), world.reward, pairs + eval_pairs, scale, seed)
+    rows = enumerate(zip(*(column.tolist() for column in columns)), 1)
+    drawn = [Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l), "toy", i) for i, (x, w, l) in rows]
+    return Problem(world, reference, distance, world.list_logps(reference, device), drawn[:pairs], drawn[pairs:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,12 +208,12 @@ def mean_reward(logp: Tensor, reward: Tensor) -> Tensor:
 
 
 def kl(logp: Tensor, other: Tensor) -> Tensor:
-    """KL(π ‖ other) in nats, a scalar ≥ 0; what π never says adds nothing."""
+    """KL(π ‖ other) in nats, a scalar ≥ 0. Responses with probability 0 under π add nothing."""
     return torch.where(logp == -math.inf, 0.0, logp.exp() * (logp - other)).sum(-1).mean().clamp(min=0.0)
 
 
 def optimum(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """log π*, π* = π_ref · e^{r/β} / Z: what maximises E[r] − β·KL(π ‖ π_ref) (Rafailov et al. 2023, eq. 4).
+    """log π*, π* = π_ref · e^{r/β} / Z: the maximum of E[r] − β·KL(π ‖ π_ref) (Rafailov et al. 2023, eq. 4).
 
     Labels of Bradley–Terry scale s are those of the reward s·r: from all pairs, DPO at β learns π* of β/s.
     """
@@ -179,14 +221,12 @@ def optimum(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
 
 
 def frontier(ref_logp: Tensor, reward: Tensor, at_kl: float) -> Tensor:
-    """The best E[r] of any policy with KL(π ‖ π_ref) ≤ `at_kl`: that of π*(β′), β′ found by bisection on its log."""
+    """The largest E[r] of any policy with KL(π ‖ π_ref) ≤ `at_kl`: that of π*(β′), β′ found by bisection on log β′."""
     low, high = math.log(1e-4), math.log(1e7)  # from "only the best responses are left" to "nothing has moved"
     for _ in range(60):
         middle = (low + high) / 2
-        if kl(optimum(ref_logp, reward, math.exp(middle)), ref_logp) > at_kl:
-            low = middle
-        else:
-            high = middle
+        too_far = kl(optimum(ref_logp, reward, math.exp(middle)), ref_logp) > at_kl
+        low, high = (middle, high) if too_far else (low, middle)
     return mean_reward(optimum(ref_logp, reward, math.exp(high)), reward)
 
 
@@ -198,29 +238,65 @@ def win_rate(logp: Tensor, ref_logp: Tensor, reward: Tensor) -> Tensor:
     return (ours * (theirs.cumsum(1) - theirs / 2)).sum(-1).mean()
 
 
-class Report(NamedTuple):
-    """Everything there is to know about a policy, exact. `share` is nan where π = π_ref and no gain is attainable."""
+class Exact(NamedTuple):
+    """Exact numbers of a policy. `share` is nan where π = π_ref, because no gain is possible there."""
 
     reward: float  # E_π[r]
     kl: float  # KL(π ‖ π_ref), nats
-    win_rate: float  # over the reference, ties ½
-    share: float  # of the gain in reward that the best policy at the same KL has
+    win_rate: float  # against the reference, ties ½
+    share: float  # gain in reward over the reference, as a share of the largest possible gain at the same KL
     objective: float  # J(π) = E_π[r] − β·KL(π ‖ π_ref)
-    kl_to_optimum: float  # KL(π ‖ π*); β times it is J(π*) − J(π)
+    kl_to_optimum: float  # KL(π ‖ π*); J(π*) − J(π) is β times this
 
 
-def report(logp: Tensor, ref_logp: Tensor, reward: Tensor, beta: float) -> Report:
+def report(logp: Tensor, ref_logp: Tensor, reward: Tensor, beta: float) -> Exact:
+    """All numbers of the policy with log-probabilities `logp` (P, N); `beta` is that of J and π*."""
     gained, distance = mean_reward(logp, reward), kl(logp, ref_logp)
     start = mean_reward(ref_logp, reward)
     share = (gained - start) / (frontier(ref_logp, reward, distance) - start) if distance > 1e-12 else math.nan
     values = (gained, distance, win_rate(logp, ref_logp, reward), share, gained - beta * distance)
-    return Report(*map(float, values), float(kl(logp, optimum(ref_logp, reward, beta))))
+    return Exact(*map(float, values), float(kl(logp, optimum(ref_logp, reward, beta))))
 
 
-def table(reports: dict[str, Report]) -> str:
+def table(reports: dict[str, Exact]) -> str:
     """One line for each policy."""
     lines = [("", "E[reward]", "KL to ref", "win rate", "of attainable", "J", "KL to optimum")]
     for name, r in reports.items():
         share = "-" if math.isnan(r.share) else f"{100 * r.share:.1f} %"
         lines.append((name, *(f"{x:.3f}" for x in r[:3]), share, *(f"{x:.3f}" for x in r[4:])))
     return "\n".join(f"{name:<12}" + "".join(f"{x:>15}" for x in numbers) for name, *numbers in lines)
+
+
+def draw_responses(logp: Tensor, n: int, seed: int) -> Tensor:
+    """n responses to each prompt, (P, n) int64, drawn from `logp` (P, N): the largest of log π + Gumbel noise.
+
+    The noise is a function of the seed alone. Last bits of log π cannot change a draw unless two sums are that close.
+    """
+    uniform = torch.rand(
+        len(logp), n, logp.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return (logp[:, None] - (-uniform.log()).log()).argmax(-1)
+
+
+def print_report(problem: Problem, logps: dict[str, Tensor], betas: Sequence[float], told: int) -> None:
+    """Print what training did, exactly: a table, sampled responses, and one sentence about the first of the policies.
+
+    logps: by name, log π of all responses (P, N). betas: β of each step. told: how many preferences training has seen.
+    """
+    world, ref_logp, reward, first = problem.world, problem.ref_logp, problem.world.reward, next(iter(logps))
+    listed = {"reference": ref_logp} | logps | {"optimum π*": optimum(ref_logp, reward, betas[0])}
+    reports = {name: report(logp, ref_logp, reward, betas[0]) for name, logp in listed.items()}
+    print(f"\nafter {len(betas)} steps, {told:,} preferences; exact sums over all responses; J, π* at β = {betas[0]}")
+    print(table(reports))
+    print("\nresponses drawn     ", *(f"{name:29}" for name in ("reference", first)))
+    drawn = [draw_responses(listed[name], 4, world.seed).tolist() for name in ("reference", first)]
+    for prompt in range(world.letters):
+        texts = (" ".join(map(world.text, responses[prompt])) for responses in drawn)
+        print(f"  to {string.ascii_lowercase[prompt]}:            ", *(f"{text:29}" for text in texts))
+    ours = reports[first]
+    share = "nothing" if math.isnan(ours.share) else f"{ours.share:.0%}"
+    print(
+        f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: the policy was told {told:,} times which of two "
+        f"responses is preferred. It now beats the reference in {ours.win_rate:.0%} of comparisons, and has {share} of "
+        "the gain in reward that is possible at its distance from the reference."
+    )

@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 def quick_toy(tmp_path, monkeypatch):
     """A toy job of seconds, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "TOY_PAIRS", 96)
+    monkeypatch.setattr(toy, "make_problem", partial(toy.make_problem, pairs=96))
     monkeypatch.setattr(toy, "fit_reference", partial(toy.fit_reference, steps=3))
     threads = torch.get_num_threads()
     yield tmp_path / "out" / "toy"

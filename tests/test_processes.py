@@ -175,7 +175,7 @@ def test_decisions_agree_wherever_they_are_clear():
             found = {}
             for group in groups:
                 with torch.no_grad():
-                    w, l = train.compare(policy, reference, collate(group), 0.05, "float32")
+                    w, l = train.score_pairs(policy, reference, collate(group), 0.05, "float32")
                 for i, pair in enumerate(group):
                     found[pair.line] = w.delta_minus[i] - l.delta_minus[i], w.delta_plus[i] - l.delta_plus[i]
             return torch.stack([torch.stack(found[pair.line]) for pair in pairs])  # (64, 2)

@@ -84,7 +84,7 @@ def soon(monkeypatch, number: int) -> None:
             sent.append(os.kill(os.getpid(), number))
         return original(*args)
 
-    monkeypatch.setattr(train, "compare", compare)
+    monkeypatch.setattr(train, "score_pairs", compare)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -170,7 +170,7 @@ def test_the_reference_comes_from_where_it_came_from_at_first(folder, tmp_path, 
         seen.update(policy=policy, reference=reference)
         return original(policy, reference, *rest)
 
-    monkeypatch.setattr(train, "compare", spy)
+    monkeypatch.setattr(train, "score_pairs", spy)
     assert train.main([*argv, "--resume"]) == 0
     assert same_bits(seen["reference"], load_model(folder / "model"))
     assert not same_bits(seen["policy"], seen["reference"])
@@ -666,7 +666,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training_time_is_spen
         argv_of(folder, disk / "own", "--overwrite"),
     ):
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(train, "compare", None)
+            m.setattr(train, "score_pairs", None)
             code, said = ended(argv, capsys)
         assert code == 2 and str(disk) in said and snapshot(disk) == before
 

@@ -32,7 +32,7 @@ def ours(case: dict) -> dict:
         f.requires_grad_()
         stats = epsdpo.token_stats(f, r, labels, case["epsilon_check"])
         sums = epsdpo.sum_over_responses(stats, owner, int(owner.max()) + 1)
-    chosen, rejected = (epsdpo.TokenStats(*(None if x is None else x.chunk(2)[i] for x in sums)) for i in range(2))
+    chosen, rejected = (epsdpo.TokenStats(*(x.chunk(2)[i] for x in sums)) for i in range(2))
     out = epsdpo.epsdpo_loss(chosen, rejected, case["beta"], case["epsilon_step"])
     lower, keep, raise_ = ([int(s) for s in out.step].count(s) for s in (1, 0, -1))
     answer = {

@@ -1,0 +1,158 @@
+"""Command-line flags from a dataclass: `flag` gives a field its default, its help and its range, all in one place."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+LARGEST = 2**63 - 1  # what torch and numpy hold as an integer
+
+
+@dataclass(frozen=True)
+class OfJob:
+    """A default that depends on the job: on the toy world, or on real data."""
+
+    toy: object
+    real: object
+
+    def __str__(self) -> str:
+        return f"{self.real}; for the toy {self.toy}"
+
+
+@dataclass(frozen=True)
+class Like:
+    """A default that is the value of another flag."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"that of {option(self.name)}"
+
+
+def flag(default: object, help: str, range: str = "", needs: str = "") -> dataclasses.Field:
+    """A field of a dataclass of flags.
+
+    range: "[0, 0.5]" or "(0, inf)", where a round bracket leaves the bound itself out, or "float32 | bfloat16".
+    needs: a flag that must be given too.
+    """
+    special = isinstance(default, OfJob | Like)
+    metadata = {"help": help, "range": range, "needs": needs, "default": default}
+    return dataclasses.field(default=None if special else default, metadata=metadata)
+
+
+def fill_in(flags: object, real: bool) -> None:
+    """Give each flag that is None its default, then check them all. Raises ValueError for the first that is wrong."""
+    fields = [field for field in dataclasses.fields(flags) if field.metadata]
+    for field in fields:
+        default = field.metadata["default"]
+        if getattr(flags, field.name) is None and isinstance(default, OfJob):
+            setattr(flags, field.name, default.real if real else default.toy)
+        if getattr(flags, field.name) is None and isinstance(default, Like):
+            setattr(flags, field.name, getattr(flags, default.name))
+    for field in fields:
+        value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]
+        if allowed and value is not None and (expected := _expected(value, allowed)):
+            raise ValueError(f"{option(field.name)} must be {expected} (got {value})")
+        if needs and value and not getattr(flags, needs):
+            raise ValueError(f"{option(field.name)} also needs {option(needs)}")
+
+
+def _expected(value: float | int | str, allowed: str) -> str:
+    """What `value` must be, or nothing if it is allowed."""
+    if allowed[0] not in "[(":
+        return "" if value in allowed.split(" | ") else "one of " + allowed.replace(" |", ",")
+    low, high = (float(bound) for bound in allowed[1:-1].split(","))
+    above = value >= low if allowed[0] == "[" else value > low
+    below = value <= high if allowed[-1] == "]" else value < high
+    if above and below and not (isinstance(value, int) and value > LARGEST):
+        return ""
+    at_least = f"at least {low:g}" if allowed[0] == "[" else f"above {low:g}"
+    if high == math.inf:
+        finite = " and finite" if allowed[-1] == ")" else ""
+        return at_least + (finite if isinstance(value, float) else f" and at most {LARGEST}")
+    if allowed[0] == "[" and allowed[-1] == "]":
+        return f"between {low:g} and {high:g}"
+    return at_least + (f" and at most {high:g}" if allowed[-1] == "]" else f" and below {high:g}")
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line instead of the whole usage, with the flag that was probably meant."""
+        known = [name for action in self._actions for name in action.option_strings]
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        near = difflib.get_close_matches(wrong.replace("_", "-"), known, 1) if wrong.startswith("--") else []
+        hint = f"did you mean {near[0]}?" if near and wrong not in known else "see --help"
+        self.exit(2, f"{self.prog}: error: {message} ({hint})\n")
+
+
+def parse_flags(cls: type, description: str, argv: Sequence[str] | None = None) -> object:
+    """The command line as an instance of `cls`: names, types, defaults, help and ranges are those of its fields.
+
+    `cls` also takes `given`, the names of the flags that the command line sets. Ends the program for a bad one.
+    """
+    parser = _Parser(
+        prog="train.py",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(cls):
+        if not field.metadata:
+            continue
+        text, default = field.metadata["help"], field.metadata["default"]
+        if default not in (None, "", (), 0, False):
+            text += f" (default: {default})"
+        if field.type == "bool":
+            kind = {"action": "store_true"}
+        elif field.type.startswith("tuple"):
+            kind = {"type": str, "nargs": "+", "metavar": "FILE", "action": "extend"}
+        else:
+            kind = {"int": {"type": int, "metavar": "N"}, "float": {"type": float, "metavar": "X"}}.get(
+                field.type.split()[0], {"type": str, "metavar": "NAME"}
+            )
+        parser.add_argument(option(field.name), help=text.replace("%", "%%"), **kind)
+    values = vars(parser.parse_args(argv))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return cls(**values, given=frozenset(values))
+
+
+def resume_command(argv: Sequence[str], distributed: bool = False) -> str:
+    """The command that continues a run which was started with `argv`, quoted for a shell."""
+    kept = [argument for argument in argv if argument not in ("--overwrite", "--resume")]
+    if distributed:
+        return f"the same torchrun as before, and: {shlex.join([sys.argv[0], *kept, '--resume'])}"
+    return shlex.join(["python", sys.argv[0], *kept, "--resume"])
+
+
+def one_line_errors(program: Callable[[], object]) -> int:
+    """Run `program`; bad input ends in one line on stderr. Returns the exit status: 0, 2 (error) or 130 (stopped)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without β or ± is no reason to stop
+    out_of_memory = "out of memory; try a smaller --micro-tokens or --gradient-checkpointing"
+    try:
+        program()
+        return 0
+    except (ValueError, OSError, ImportError) as e:
+        print(f"train.py: error: {e}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+            raise
+        print(f"train.py: error: {out_of_memory}: {e}", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"train.py: {str(e) or 'interrupted'}", file=sys.stderr)
+        return 130
+    return 2

@@ -1,0 +1,153 @@
+"""What a run prints: its forecast, its progress, sampled answers, and a table and a figure at the end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from model import GPT
+from support.device import rank_and_world
+from support.rows import Pair
+
+
+class LineNowAndThen(tqdm):
+    """tqdm for a stderr that is no terminal: a line of its own now and then, and one at the end."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg != "":
+            print(msg or str(self), file=sys.stderr, flush=True)
+        return True
+
+    def close(self) -> None:
+        if not self.disable and self.delay == 0:
+            self.display()
+        super().close()
+
+
+def progress_bar(items: Iterable, name: str, unit: str, **more: object) -> tqdm:
+    """A bar on the terminal, else a line every 30 seconds. Process 0 alone shows it."""
+    hidden = rank_and_world()[0] != 0
+    if sys.stderr.isatty():
+        return tqdm(items, name, unit=unit, disable=hidden, **more)
+    return LineNowAndThen(items, name, unit=unit, disable=hidden, mininterval=30, ncols=0, **more | {"leave": False})
+
+
+def say(text: str) -> None:
+    """Print a line above the bars. Process 0 alone prints."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
+
+
+def step_line(line: dict[str, float]) -> str:
+    """What the bar shows of a step."""
+    memory = f" {line['memory_gb']:.1f} GB" if "memory_gb" in line else ""
+    return (
+        f"loss {line['loss']:.4f} β {line['beta']:.4g} accuracy {line['rewards/accuracies']:.2f} "
+        f"{line['tokens_per_second']:.0f} tok/s{memory}"
+    )
+
+
+def eval_line(line: dict[str, float]) -> str:
+    agree = ""
+    if "eval/steps/agree" in line:
+        agree = f", {line['eval/steps/agree']:.0%} of {line['eval/steps/agree_pairs']} decisions as in float32"
+    return (
+        f"step {line['step']}, {line['eval/pairs']} held-out pairs: "
+        f"accuracy {line['eval/rewards/accuracies']:.3f} ± {line['eval/rewards/accuracies_se']:.3f}, "
+        f"reward margin {line['eval/rewards/margins']:.4f} ± {line['eval/rewards/margins_se']:.4f}, "
+        f"loss {line['eval/loss']:.4f}{agree}"
+    )
+
+
+def before_and_after(lines: list[dict[str, float]]) -> str:
+    """A table of the first and the last evaluation and β."""
+    evaluations, betas = [x for x in lines if "eval/loss" in x], [x["beta"] for x in lines if "beta" in x]
+    rows = [f"{'':24}{'before':>12}{'after':>12}"]
+    names = {"accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "loss": "loss", "KL": "kl"}
+    for name, key in names.items() if evaluations else ():
+        rows.append(
+            f"held-out {name:15}" + "".join(f"{x[f'eval/{key}']:12.4f}" for x in (evaluations[0], evaluations[-1]))
+        )
+    return "\n".join([*rows, f"{'β':24}" + "".join(f"{beta:12.4f}" for beta in (betas[0], betas[-1]))])
+
+
+def draw(lines: list[dict[str, float]], path: Path) -> bool:
+    """A figure of the run; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    panels = (
+        ("loss",),
+        ("beta",),
+        ("steps/lower", "steps/raise"),
+        ("rewards/margins",),
+        ("kl",),
+        ("eval/rewards/accuracies",),
+    )
+    figure = Figure(figsize=(18, 3), layout="constrained")
+    for axes, names in zip(figure.subplots(1, len(panels)), panels):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points), label=name, linewidth=1, marker="o" if len(points) < 10 else "")
+        axes.set_xlabel("optimizer step")
+        axes.legend(frameon=False)
+    figure.savefig(path)
+    return True
+
+
+def forecast(policy: GPT, pairs: Sequence[Pair], eval_pairs: Sequence[Pair], flags: object) -> str:
+    """Steps, tokens, evaluations and a rough estimate of memory, before any is spent."""
+    c, world = policy.config, rank_and_world()[1]
+    epoch = math.ceil(len(pairs) / flags.batch_size)
+    steps = flags.steps or flags.epochs * epoch
+    tokens = [sum(map(len, pair[:3])) for pair in pairs]
+    seen = sum(tokens) / len(tokens) * pairs_seen(steps, len(pairs), flags.batch_size)
+    evaluations = len({step for step in range(steps + 1) if is_due(step, steps, flags.eval_every)}) if eval_pairs else 0
+    # Numbers of 4 bytes: the policy's weights, gradient and two moments and the reference's weights; two gradients of a
+    # table on their way to it; with more than one process embeddings and heads whole (policy's, gradient, reference's);
+    # what backward needs; a chunk of the head.
+    layer, table = 9 * c.hidden_size + 2 * c.intermediate_size, c.vocab_size * c.hidden_size
+    layers, parameters = c.num_hidden_layers, sum(p.numel() for p in policy.parameters())
+    kept = layer + layers * c.hidden_size if flags.gradient_checkpointing else layers * layer
+    whole = (2 if world == 1 else 3 if c.tie_word_embeddings else 6) * table
+    shared = 4 * parameters + (table if flags.cache_reference else parameters)
+    longest = max(flags.micro_tokens, sum(tokens) / len(tokens))
+    memory = 4e-9 * (shared / world + whole + kept * longest + 1024 * c.vocab_size)
+    return (
+        f"{steps:,} steps of {flags.batch_size} pairs, about {seen:,.0f} tokens; {evaluations} evaluations of "
+        f"{len(eval_pairs):,} pairs; roughly {memory:.1f} GB of memory on each device"
+    )
+
+
+def is_due(step: int, steps: int, every: int) -> bool:
+    """Whether to evaluate after `step` steps: at the start, at the end and every `every` steps."""
+    return step in (0, steps) or bool(every) and step % every == 0
+
+
+def pairs_seen(steps: int, pairs: int, batch_size: int) -> int:
+    """How many pairs that many steps look at: the last batch of an epoch may be smaller."""
+    epochs, rest = divmod(steps, math.ceil(pairs / batch_size))
+    return epochs * pairs + rest * batch_size
+
+
+def answers(policy: GPT, prompts: Sequence[Pair], pairs: Sequence[Pair]) -> list[list[int]]:
+    """Greedy responses to the prompts, up to the token that ends most chosen responses of `pairs`."""
+    if not prompts:
+        return []
+    ends = Counter(int(pair.chosen[-1]) for pair in pairs if not pair.cut[1]) or Counter([-1])
+    return policy.generate([pair.prompt.tolist() for pair in prompts], 64, eos=ends.most_common(1)[0][0])
+
+
+def show_answers(prompts: Sequence[Pair], before: Sequence, after: Sequence, tokenizer) -> str:
+    """The answers from before and after training beside the chosen ones; of long texts the last 400 characters."""
+    shown = []
+    for pair, old, new in zip(prompts, before, after):
+        texts = {"prompt": pair.prompt, "chosen": pair.chosen, "before": old, "after": new}
+        shown += ["", *(f"{name + ':':8} {tokenizer.decode(ids).strip()[-400:]}" for name, ids in texts.items())]
+    return "\n".join(shown)

@@ -1,0 +1,331 @@
+"""The folder of a run: claimed, continued, logged to, saved, and left with a model that others can load."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from model import GPT
+from support.checkpoint import SINGLE, save_model
+from support.device import any_process, rank_and_world
+from support.files import replace_file
+from support.kept_pairs import DATA_FLAGS, load_pairs_file, made_by, save_pairs_file
+from support.report import draw, eval_line, progress_bar, say, step_line
+from support.rows import Pair, ids_hash
+
+GATHERED_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+RESULTS = ("metrics.jsonl", "checkpoint.pt", "pairs.npz", "model", "run.svg")
+# Flags that a resumed run may change: they change no number, or only the last bits of one.
+FREE_ON_RESUME = ("model", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show", "resume")
+FREE_ON_RESUME += ("overwrite", "gradient_checkpointing", "given")
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM has ended the run at a place where it can be continued."""
+
+
+class Run:
+    """What one run of `train` leaves behind. Without a folder it only collects the metrics, in `lines`.
+
+    Use it as a context manager around the training loop: there, Ctrl-C and SIGTERM mean "stop after this step".
+    """
+
+    def __init__(self, out: Path | None = None, flags: object = None, command: str = "") -> None:
+        """Claim the folder `out` for a run with these `flags`; `command` is what continues it.
+
+        Raises ValueError if `out` holds another run and the flags say neither --resume nor --overwrite.
+        """
+        self.out, self.flags, self.command = out, flags, command
+        self.lines: list[dict[str, float]] = []
+        self.done = self.saved = self.step = 0  # steps finished, steps in the checkpoint, the step at work
+        self.asked = self.stopping = False  # this process, any process was asked to stop
+        self.file = self.bar = None
+        self.made_by: dict | None = None  # what made the pairs that a resumed run goes on with
+        self.overwrite = flags is not None and flags.overwrite
+        self.resumes = bool(out and flags.resume and (out / "checkpoint.pt").exists())
+        self.finished = bool(out and flags.resume and (out / "model").exists())
+        if self.finished:
+            print(f"--resume: the run in {out} is finished; its model is {out / 'model'}")
+        elif out and rank_and_world()[0] == 0:
+            self._claim()
+
+    def _claim(self) -> None:
+        out, flags, before = self.out, self.flags, {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            before = dict(json.loads((out / "flags.json").read_text()))
+        if not flags.out and before.get("model") == "":  # a toy in the toy's default folder replaces an earlier one
+            self.overwrite = not flags.resume
+        held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
+        for path in filter(None, (flags.model, flags.cache_reference, *flags.data, *flags.eval_data)):
+            if any(Path(path).resolve().is_relative_to((out / name).resolve()) for name in RESULTS):
+                raise ValueError(f"--out {out}: this run would replace {path}, which it reads; choose another folder")
+        if held and not (flags.resume or self.overwrite):
+            raise ValueError(
+                f"--out {out} already contains a run ({', '.join(held)}): "
+                "use --resume to continue it or --overwrite to replace it"
+            )
+        if flags.resume and not self.resumes:
+            print(f"--resume: {out} has no checkpoint, so the run starts from step 0")
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as probe:  # a folder that cannot be written is an error now, not later
+            probe.write(b"x")
+
+    def saved_pairs(self, vocab_size: int) -> tuple[list[Pair], list[Pair]] | None:
+        """The training and held-out pairs of the run that is resumed, or None if it kept none.
+
+        Raises ValueError for a damaged file, and for data flags that were given and would make other pairs.
+        """
+        path = self.out / "pairs.npz"
+        if not (self.flags.resume and path.exists()):
+            return None
+        pairs, eval_pairs, self.made_by = load_pairs_file(path, vocab_size)
+        here, there = made_by(self.flags, self.flags.given), self.made_by
+        if differ := [
+            f"{name} was {there.get(name)} there, is {here[name]} here"
+            for name in here
+            if here[name] != there.get(name)
+        ]:
+            raise ValueError(f"--resume: {path} holds pairs that other data flags made: {'; '.join(differ)}")
+        print(f"pairs: {len(pairs):,} to train on and {len(eval_pairs):,} held out, as kept in {path}")
+        return pairs, eval_pairs
+
+    # ---- start
+
+    def start(self, policy: GPT, optimizer, method, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]) -> None:
+        """Put the checkpoint's state into policy, optimizer and method if there is one; then open the log.
+
+        Raises ValueError for a checkpoint of another run and for a disk without room for this one's results.
+        """
+        self.policy, self.optimizer, self.method = policy, optimizer, method
+        self.device, writes = next(policy.parameters()).device, rank_and_world()[0] == 0
+        if not self.out:
+            return
+        self.fingerprint = fingerprint(self.flags, pairs, eval_pairs)
+        if writes:
+            self._check_room(sum(len(part) for pair in (*pairs, *eval_pairs) for part in pair[:3]))
+        if self.resumes:
+            self.done, self.lines = load_checkpoint(self.out, policy, optimizer, method, self.fingerprint)
+            self.saved = self.step = self.done
+        if writes:
+            self._open(pairs, eval_pairs)
+
+    def _check_room(self, tokens: int) -> None:
+        weights = sum(p.numel() for p in self.policy.parameters())
+        need = weights * (4 + 24 * bool(self.flags.save_every)) + 4 * tokens  # a new checkpoint beside the old one
+        replaced = [self.out / name for name in ("checkpoint.pt", "pairs.npz", f"model/{SINGLE}")]
+        free = shutil.disk_usage(self.out).free + sum(x.stat().st_size for x in replaced if x.exists())
+        if free < need:
+            raise ValueError(f"--out {self.out}: {free / 1e9:.3f} GB free, this run needs {need / 1e9:.3f} GB")
+
+    def _open(self, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]) -> None:
+        out = self.out
+        for name in ("flags.json", *RESULTS):
+            for path in out.glob(f".{name}.[0-9]*.tmp"):  # of a save that was killed
+                remove(path)
+        if not self.resumes:
+            for name in RESULTS:
+                remove(out / name)
+            if self.flags.model:
+                save_pairs_file(out / "pairs.npz", pairs, eval_pairs, self.made_by or made_by(self.flags, DATA_FLAGS))
+            text = json.dumps(dataclasses.asdict(self.flags), indent=2, default=sorted)
+            replace_file(out / "flags.json", lambda f: f.write(text.encode()))
+        replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in self.lines))
+        self.file = open(out / "metrics.jsonl", "a", encoding="utf-8")
+
+    # ---- the loop
+
+    def __enter__(self) -> Run:
+        ours = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be taken
+        numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
+        self.handlers = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"\nstopping after this step (press again to stop now)\n")
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Save the last finished step if the run was stopped, and add to an error how the run can be continued."""
+        try:
+            if isinstance(error, Stopped) and self.out and self.done > self.saved:
+                self.save()
+        finally:
+            if self.file:
+                self.file.close()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            said = (
+                f"stopped after step {self.done}" if isinstance(error, Stopped) else f"interrupted in step {self.step}"
+            )
+            raise KeyboardInterrupt(f"{said}{self._how_to_continue()}") from None
+        if isinstance(error, ValueError):
+            raise ValueError(f"step {self.step}, {error}{self._how_to_continue()}") from error
+
+    def _how_to_continue(self) -> str:
+        if not self.out:
+            return ""
+        if not self.saved:
+            return "; no checkpoint was saved (--save-every N writes one every N steps)"
+        command = f" with:\n{self.command}" if self.command else " with --resume"
+        return f"; continue from the checkpoint of step {self.saved}{command}"
+
+    def progress(self, steps: int) -> Iterator[int]:
+        """The steps that are still to do, 0-based, with a bar."""
+        with progress_bar(range(self.done, steps), "train", "step", initial=self.done, total=steps) as self.bar:
+            for step in self.bar:
+                self.step = step + 1
+                yield step
+
+    def watch(self, micro_batches: Sequence[list[Pair]]) -> Iterator[list[Pair]]:
+        """The micro-batches of an evaluation, with a bar. Between two of them the run can be stopped."""
+        for group in progress_bar(micro_batches, "evaluate", "batch", leave=False, delay=2):
+            if any_process(self.asked, self.device):
+                raise Stopped
+            yield group
+
+    def log(self, step: int, line: dict[str, float]) -> None:
+        """Add a line to the metrics, of optimizer step `step` (from 1) or of an evaluation after that many steps."""
+        self.lines.append({"step": step} | line)
+        if self.file:
+            self.file.write(json.dumps(self.lines[-1], allow_nan=False) + "\n")
+            self.file.flush()
+        if "loss" in line:
+            self.done = step
+            self.bar.set_postfix_str(step_line(line), refresh=False)
+            self._warn(line)
+        else:
+            say(eval_line(self.lines[-1]))
+
+    def _warn(self, line: dict[str, float]) -> None:
+        """Say so where nothing is learned at the first step, and where β leaves [β₀/100, 100·β₀] after this one."""
+        first = next(x["beta"] for x in self.lines if "beta" in x)
+        if self.done == 1 and line["grad_norm"] == 0:
+            say(
+                "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it "
+                "share its weights with the reference, are the two answers of every pair equal?"
+            )
+        if first / 100 <= line["beta"] <= 100 * first and not first / 100 <= self.method.beta <= 100 * first:
+            say(f"warning: β went from {first:g} to {self.method.beta:.3g}; choose a smaller --epsilon")
+
+    def has_evaluated(self, step: int) -> bool:
+        return any(line["step"] == step and "eval/loss" in line for line in self.lines)
+
+    def must_save(self, last: bool) -> bool:
+        """Whether a checkpoint is due after the step that was logged last."""
+        self.stopping = any_process(self.asked, self.device)
+        if not self.out:
+            return False
+        every = self.flags.save_every
+        return self.stopping or bool(every) and (last or self.done % every == 0)
+
+    def stop_if_asked(self, last: bool) -> None:
+        if self.stopping and not last:
+            raise Stopped
+
+    def save(self) -> None:
+        """Write all state of the run: weights, moments, β and metrics; the order of pairs follows from the step."""
+        weights, moments = get_state_dict(self.policy, self.optimizer, options=GATHERED_ON_CPU)  # all processes gather
+        state = {"step": self.done, "method": vars(self.method), "fingerprint": self.fingerprint}
+        state |= {"metrics": json.dumps(self.lines), "weights": weights, "moments": moments}
+        if rank_and_world()[0] == 0:
+            if not all(x.isfinite().all() for x in weights.values()):
+                raise ValueError("the weights are no longer finite and were not saved")
+            replace_file(self.out / "checkpoint.pt", lambda f: torch.save(state, f))
+        self.saved = self.done
+
+    # ---- the end
+
+    def finish(self) -> None:
+        """Write the final model as a folder that transformers loads, and a figure if matplotlib is installed."""
+        weights = get_model_state_dict(self.policy, options=GATHERED_ON_CPU)
+        if rank_and_world()[0] != 0:
+            return
+        whole = GPT(self.policy.config)
+        whole.load_state_dict(weights)
+        beside = self.out / f".model.{os.getpid()}.tmp"
+        try:
+            save_model(whole, beside, source=self.policy.source)
+            beside.replace(self.out / "model")  # so that `model` is never half a model
+        finally:
+            remove(beside)
+        drawn = draw(self.lines, self.out / "run.svg")
+        figure = "run.svg (a figure)" if drawn else "no figure (pip install -e '.[plot]' for one)"
+        print(f"\nwrote {self.out}: model/ (loads in transformers), metrics.jsonl, {figure}")
+
+
+# ---- files of a run --------------------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fingerprint(flags: object, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]) -> dict[str, str]:
+    """What a checkpoint belongs to: the flags that matter, hashes of all token ids and of the first model's files."""
+    files, folder = hashlib.sha256(), Path(flags.model)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if flags.model else ():
+        with open(path, "rb") as f:  # size and ends: enough to tell two models apart, whatever their size
+            files.update(path.stat().st_size.to_bytes(8, "little") + f.read(1 << 20))
+            f.seek(max(0, path.stat().st_size - (1 << 20)))
+            files.update(f.read())
+    free = (*FREE_ON_RESUME, *DATA_FLAGS)
+    chosen = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in free}
+    chosen["cache_reference"] = str(bool(flags.cache_reference))  # where the file is changes no number
+    hashes = {"the training pairs": ids_hash(pairs), "the held-out pairs": ids_hash(eval_pairs)}
+    return chosen | {
+        name: f"sha256 {value[:16]}" for name, value in (hashes | {"the model": files.hexdigest()}).items()
+    }
+
+
+def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, str]) -> tuple[int, list]:
+    """Put a checkpoint's state in place; return the steps done and their metrics. ValueError if it is another run's."""
+    path = out / "checkpoint.pt"
+    try:
+        if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch itself does not look at the checksums
+            raise ValueError(f"{broken} in it is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        theirs = state["fingerprint"]
+        differ = [
+            f"{name} was {theirs.get(name)} there, is {mine[name]} here"
+            for name in mine
+            if mine[name] != theirs.get(name)
+        ]
+        if not differ:
+            step, of_method, lines = state["step"], dict(state["method"]), json.loads(state["metrics"])
+            weights, moments = state["weights"], state["moments"]
+            if len(moments["state"]) != len(list(policy.parameters())):  # torch would pass over that in silence
+                raise ValueError("it holds the moments of another model")
+            set_state_dict(
+                policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=GATHERED_ON_CPU
+            )
+    except Exception as e:  # torch.load fails in many ways on what is no checkpoint
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a checkpoint of this program: {reason}") from e
+    if differ:
+        raise ValueError(f"{path} belongs to another run: {'; '.join(differ)}. Resume with the same flags and files")
+    vars(method).update(of_method)
+    return step, lines

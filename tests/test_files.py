@@ -1,0 +1,127 @@
+"""support/files.py: what a file is by its first bytes, JSON objects, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.files import read_json, what_is
+
+
+def zipped(name: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, '{"prompt": "a"}')
+    return out.getvalue()
+
+
+def saved(**options) -> bytes:
+    out = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, out, **options)
+    return out.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 269060552\n"
+ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+NAMED = {  # content, a word of its name, a word of the remedy
+    "an LFS pointer": (LFS, "Git LFS pointer", "git lfs pull"),
+    "Parquet": (b"PAR1\x15\x04\x15\x10", "parquet", "to_json"),
+    "an Arrow file": (b"ARROW1\0\0\xff\xff\xff\xff", "arrow", "to_json"),
+    "an Arrow stream": (b"\xff\xff\xff\xff\x78\1\0\0", "arrow", "to_json"),
+    "a table": (b"prompt,chosen,rejected\nx,y,z\n", "csv", "to_json"),
+    "a table with quotes": (b'\xef\xbb\xbf"prompt","chosen"\r\n"x","y"\r\n', "csv", "to_json"),
+    "a table with tabs": (b"question\tresponse_j\tresponse_k\nx\ty\tz\n", "csv", "to_json"),
+    "zip": (zipped("pairs.jsonl"), "zip", "unzip"),
+    "gzip": (gzip.compress(ROW.encode(), mtime=0), "gzip", "gunzip"),
+    "zstd": (bytes.fromhex("28b52ffd2004"), "zstd", "zstd -d"),
+    "bzip2": (bz2.compress(b"{}"), "bzip2", "bunzip2"),
+    "xz": (lzma.compress(b"{}"), "xz", "unxz"),
+    "a pickle": (pickle.dumps({"a": 1}), "pickle", "safetensors"),
+    "PyTorch's pickle": (saved(), "pickle", "safetensors"),
+    "PyTorch's old pickle": (saved(_use_new_zipfile_serialization=False), "pickle", "safetensors"),
+    "GGUF": (b"GGUF\3\0\0\0", "GGUF", "safetensors"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n", "HDF5", "safetensors"),
+    "UTF-16": (ROW.encode("utf-16"), "UTF-16", "iconv"),
+    "UTF-16, little end first": (ROW.encode("utf-16-le"), "UTF-16", "iconv"),
+    "UTF-16, big end first": (ROW.encode("utf-16-be"), "UTF-16", "iconv"),
+    "a page": (b"\n<!DOCTYPE html>\n<html>", "HTML", "download"),
+    "a page without a type": (b"<html lang='en'>", "HTML", "download"),
+    "an error": (b"Entry not found", "error message", "download"),
+    "nothing": (b"", "empty", "download"),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_is_names_the_kind_and_the_remedy(case, tmp_path):
+    content, kind, remedy = NAMED[case]
+    (tmp_path / "x").write_bytes(content)
+    assert kind in what_is(tmp_path / "x") and remedy in what_is(tmp_path / "x")
+    with pytest.raises(ValueError) as error:
+        read_json(tmp_path / "x")
+    assert str(error.value) == f"{tmp_path / 'x'} is {what_is(tmp_path / 'x')}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROW,
+        f"\ufeff{ROW}",
+        f"[{ROW}]",
+        "{}",
+        '"a",',
+        "He said, yes\n",
+        "a, b\n",
+        "x",
+        "{\n",
+        '"prompt": "a,b"\n',
+        "\0" * 9,
+    ],
+)
+def test_what_is_says_nothing_of_text_that_may_be_broken_json(content, tmp_path):
+    (tmp_path / "x").write_text(content)
+    assert what_is(tmp_path / "x") is None
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    length=st.sampled_from([0x0280, 0x0580, 0x8B1F, 0x088B1F, 0x685A42]) | st.integers(2, 10**8), metadata=st.booleans()
+)
+def test_what_is_says_nothing_of_safetensors_whatever_their_length_looks_like(length, metadata, tmp_path):
+    header = b'{"__metadata__":' if metadata else b'{"a":'
+    (tmp_path / "x").write_bytes(struct.pack("<Q", length) + header)
+    assert what_is(tmp_path / "x") is None
+
+
+def test_the_command_that_converts_a_table_names_the_file_and_works(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\nx,y,z\n")
+    code = what_is(path).split('python -c "')[1].removesuffix('"')
+    compile(code, "remedy", "exec")
+    assert f"data_files='{path}'" in code and "load_dataset('csv'" in code
+
+
+def test_read_json_reads_objects_alone(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"a": "é"}))
+    assert read_json(path) == {"a": "é"}
+    for content, named in (
+        ("[1]", "list"),
+        ("null", "NoneType"),
+        ("{", "JSON in UTF-8"),
+        ('{"a": "\\ud800"}', "UTF-8"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=named) as error:
+            read_json(path)
+        assert str(error.value).startswith(f"{path}: expected")
