@@ -50,8 +50,8 @@ def memory_gb(device: torch.device) -> dict[str, float]:
         import resource
     except ImportError:
         return {}
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes on macOS, kilobytes on Linux
-    return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux units of 1024 bytes
+    return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def keep_freed_memory() -> None:
@@ -144,3 +144,12 @@ def any_process(asked: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(asked), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def from_process_0(value: object) -> object:
+    """What process 0 gives, on all processes: whether a file exists, for one, may differ between machines."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

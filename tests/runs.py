@@ -20,6 +20,8 @@ import torch
 
 import train
 from model import GPT
+from support import cached_reference, device, report
+from support import run as support_run
 from support.checkpoint import resolve
 from support.rows import Pair
 
@@ -50,6 +52,17 @@ def nudged(model: GPT, scale: float = 0.02, seed: int = 3) -> GPT:
         for p in model.parameters():
             p.add_(scale * torch.randn(p.shape, generator=dice, dtype=torch.float64).to(p.dtype))
     return model
+
+
+def two_models(dtype=torch.float32, **options) -> tuple[GPT, GPT]:
+    return tiny_model(**options).to(dtype), tiny_model(**options).to(dtype)
+
+
+def pretend(monkeypatch, rank: int, world: int) -> None:
+    """Answer `rank_and_world` with these numbers, in every module that asks."""
+    for module in (train, cached_reference, device, report, support_run):
+        if hasattr(module, "rank_and_world"):
+            monkeypatch.setattr(module, "rank_and_world", lambda: (rank, world))
 
 
 def id_rows(n: int, seed: int = 0, vocab: int = VOCAB, longest: int = 8) -> list[dict]:
@@ -107,15 +120,15 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def ended(argv, capsys) -> tuple[int, str]:
-    """Exit code and the last line on stderr."""
+def ended(argv, capsys, lines: int = 1) -> tuple[int, str]:
+    """Exit code and the last `lines` lines on stderr, or all of them (0)."""
     try:
         code = train.main([str(a) for a in argv])
     except SystemExit as e:
         code = e.code
     err = capsys.readouterr().err
     assert "Traceback" not in err
-    return code, err.strip().splitlines()[-1] if err.strip() else ""
+    return code, "\n".join(err.strip().splitlines()[-lines:])
 
 
 # ---- processes: forked from a server that has imported train once, so that starting one takes no time ----------------

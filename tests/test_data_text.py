@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from support import data
 from support.data import load_pairs, show_pair
+from support.forms import TURN, Example, parts_of
 from support.rows import BadRow
 from support.text import Tokenizer
 
@@ -183,7 +184,9 @@ def test_tokens_are_those_of_the_whole_texts(tmp_path, kinds, kind, prompt, chos
     while shared < min(map(len, (own, *wholes))) and own[shared] == wholes[0][shared] == wholes[1][shared]:
         shared += 1
     if not shared:
-        with pytest.raises(ValueError, match="a:1: no token of the prompt stands alone.*(empty|adds nothing|runs on)"):
+        with pytest.raises(
+            ValueError, match="a:1: the prompt and the answers share no whole token.*(empty|adds nothing|runs on)"
+        ):
             one(tmp_path / "a", text_row(prompt, chosen, rejected), tokenizer)
         return
     got = one(tmp_path / "a", text_row(prompt, chosen, rejected), tokenizer)
@@ -206,12 +209,14 @@ def test_the_seam_rule(tmp_path_factory, prompt, chosen, rejected, kind):
     )
     test_the_seam_rule.tokenizers[kind] = tokenizer
     try:
-        head, first, second = data.to_ids("text", [prompt, chosen, rejected], tokenizer)
+        row = data.write(Example("text", [prompt, chosen, rejected], None, {}), tokenizer)
+        data.encode([row], tokenizer)
+        head, first, second = data.split_ids(row, tokenizer)
     except BadRow as error:
         head, *answers = tokenizer.encode([prompt, prompt + chosen, prompt + rejected], chat=False)
         nothing = any(ids == head[: len(ids)] for ids in answers)
         assert error.reason == ("blank answer" if nothing and head[:1] == answers[0][:1] == answers[1][:1] != []
-                                else "no token of the prompt stands alone")  # fmt: skip
+                                else "the prompt and the answers share no whole token")  # fmt: skip
         return
     whole = tokenizer.encode([prompt, prompt + chosen, prompt + rejected], chat=False)
     assert head + first[:-1] in (whole[1], whole[1][:-1]) and head + second[:-1] in (whole[2], whole[2][:-1])
@@ -344,12 +349,12 @@ def test_a_prompt_beside_whole_dialogues_as_text_is_not_doubled(tmp_path, kinds)
 )
 def test_whole_dialogues_beside_another_prompt_are_refused(prompt, chosen, rejected):
     with pytest.raises(BadRow, match="two prompts"):
-        data.one_form({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        parts_of({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
 def test_a_prompt_that_ends_before_the_answers_turn():
     beside = {"prompt": "\n\nHuman: He said", "chosen": HEAD_TEXT + " yes", "rejected": HEAD_TEXT + " no"}
-    assert data.one_form(beside) == ("text", [HEAD_TEXT, " yes", " no"])
+    assert parts_of(beside) == ("text", [HEAD_TEXT, " yes", " no"])
 
 
 @pytest.mark.parametrize(
@@ -358,17 +363,17 @@ def test_a_prompt_that_ends_before_the_answers_turn():
 def test_dialogues_part_at_one_place_whatever_prompt_stands_beside_them(prompt):
     head = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = {"prompt": prompt, "chosen": head + " yes", "rejected": head + " no"}
-    assert data.one_form(row) == ("text", [head, " yes", " no"])
+    assert parts_of(row) == ("text", [head, " yes", " no"])
 
 
 def test_dialogues_without_their_first_line_breaks():
     row = text_row("Human: a", "Human: a\n\nAssistant: yes", "Human: a\n\nAssistant: no")
-    assert data.one_form(row) == ("text", ["Human: a\n\nAssistant:", " yes", " no"])
+    assert parts_of(row) == ("text", ["Human: a\n\nAssistant:", " yes", " no"])
 
 
 def test_an_answer_that_goes_on_with_other_turns_is_an_answer():
     for answers in ((" yes", "\n\nHuman: next\n\nAssistant: no"), (" b\n\nHuman: c\n\nAssistant: d", " e")):
-        assert data.one_form(text_row(HEAD_TEXT, *answers)) == ("text", [HEAD_TEXT, *answers])
+        assert parts_of(text_row(HEAD_TEXT, *answers)) == ("text", [HEAD_TEXT, *answers])
 
 
 REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
@@ -650,7 +655,7 @@ def test_typed_special_tokens_are_special_as_in_transformers_and_counted(with_te
     head = theirs.apply_chat_template(evil, tokenize=False, add_generation_prompt=True)
     assert pairs[0].prompt.tolist() == theirs(head, add_special_tokens=False)["input_ids"]
     assert pairs[0].prompt.tolist().count(3) == pairs[1].prompt.tolist().count(3) + 1
-    assert report.special == 2 and "2 pairs hold special tokens" in str(report)
+    assert report.special == 2 and "2 pairs contain special tokens" in str(report)
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_token(with_template, tmp_path):
@@ -667,7 +672,7 @@ def test_an_answer_of_which_no_token_is_left_is_blank(with_template, tmp_path, a
     tokenizer = with_template(CHATML, backend=backend)
     for row in (text_row("He said</s>", "yes", answer), text_row("He said", answer, "no"),
                 {"prompt": "Hi", "chosen": [assistant(answer)], "rejected": NO}):  # fmt: skip
-        with pytest.raises(ValueError, match="a:1: blank answer: of .*200b"):
+        with pytest.raises(ValueError, match="a:1: blank answer: no token is left of .*200b"):
             load(tmp_path / "a", [row], tokenizer)
         assert not load(tmp_path / "a", [row], tokenizer, skip_bad_rows=True)[0]
 
@@ -866,7 +871,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ],
 )
 def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejected):
-    form, parts = data.one_form(row)
+    form, parts = parts_of(row)
     assert (form, parts) == ("messages", [prompt, chosen, rejected])
     tokenizer = with_template(CHATML)
     plain = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -913,11 +918,15 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
         ({"prompt": [user(3)], "chosen": YES, "rejected": NO}, "not a message"),
         ({"prompt": [user([{"type": "text", "text": "x"}])], "chosen": YES, "rejected": NO}, "not a message"),
         ({"prompt": [{"role": "user"}], "chosen": YES, "rejected": NO}, "not a message"),
-        ({"prompt": ["Hi", user("x")], "chosen": YES, "rejected": NO}, "unknown form"),
-        ({"prompt": {"role": "user", "content": "x"}, "chosen": YES, "rejected": NO}, "unknown form"),
+        ({"prompt": ["Hi", user("x")], "chosen": YES, "rejected": NO}, "not a message: prompt.0. is 'Hi'"),
+        (
+            {"prompt": ["Hi"], "chosen": YES, "rejected": NO},
+            "unknown form: prompt is a list of strings, .'Hi'.;.*as text, as",
+        ),
+        ({"prompt": "Hi", "chosen": ["yes"], "rejected": ["no"]}, "unknown form: chosen is a list of strings"),
         ({"prompt": [], "chosen": YES, "rejected": NO}, "unknown form"),
         ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "unknown form"),
-        ({"prompt": "Hi", "chosen": YES}, "missing field: .*rejected absent, found chosen, prompt"),
+        ({"prompt": "Hi", "chosen": YES}, "missing field: no rejected;.*columns: chosen, prompt"),
         ({"prompt": "Hi", "chosen": None, "rejected": NO}, "missing field"),
         # blank or equal
         ({"prompt": "Hi", "chosen": " ", "rejected": "no"}, "blank answer: chosen is ' '"),
@@ -966,7 +975,7 @@ def test_rows_that_cannot_be_used(with_template, tmp_path, row, reason):
 )
 def test_two_dialogues_in_plain_text(prompt, chosen, rejected):
     for a, b in ((chosen, rejected), (rejected, chosen)):
-        assert data.one_form({"chosen": prompt + a, "rejected": prompt + b}) == ("text", [prompt, a, b])
+        assert parts_of({"chosen": prompt + a, "rejected": prompt + b}) == ("text", [prompt, a, b])
 
 
 def test_the_supplied_dialogues(tmp_path, kinds):
@@ -978,14 +987,14 @@ def test_the_supplied_dialogues(tmp_path, kinds):
     lines = gzip.open(path, "rt", encoding="utf-8").read().splitlines()
     for number in (1255, 1689, 1951, 1953, 2037):
         row = json.loads(lines[number - 1])
-        _, (prompt, chosen, rejected) = data.one_form(row)
+        _, (prompt, chosen, rejected) = parts_of(row)
         assert (prompt + chosen, prompt + rejected) == (row["chosen"], row["rejected"])
-        assert data.TURN in chosen + rejected and prompt.endswith(data.TURN)
+        assert TURN in chosen + rejected and prompt.endswith(TURN)
     bad, whole = [], 0
     for number, line in enumerate(lines, 1):
         try:
-            _, (prompt, chosen, rejected) = data.one_form(json.loads(line))
-            whole += data.TURN not in chosen and data.TURN not in rejected
+            _, (prompt, chosen, rejected) = parts_of(json.loads(line))
+            whole += TURN not in chosen and TURN not in rejected
         except BadRow as error:
             bad.append((number, error.reason))
     assert bad == [(n, "blank answer") for n in (87, 517, 926, 1104)] and whole == 2312 - 4 - 5
@@ -1025,7 +1034,7 @@ def test_seams_of_a_real_tokenizer(real, tmp_path):
     assert len(real.backend.encode("The price is ").ids + real.backend.encode("$5 today").ids) == 7
     prompt, chosen, _ = one(tmp_path / "a", text_row("The price is ", "$5 today", "$6 today"), real)
     assert len(prompt + chosen[:-1]) == 6 and chosen[-1] == 2 and real.lead == []
-    with pytest.raises(ValueError, match="a:1: no token of the prompt stands alone: .*'The'.*runs on"):
+    with pytest.raises(ValueError, match="a:1: the prompt and the answers share no whole token: .*'The'.*runs on"):
         one(tmp_path / "a", text_row("The", "re is", "n"), real)
 
 
