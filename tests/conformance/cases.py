@@ -455,7 +455,12 @@ def fails(c: dict, mistake: str, arrays: dict | None = None) -> bool:
     return bool(c) and bool(complaints(c, {k: wrong[k] for k in REQUIRED}, "arithmetic"))
 
 
-def all_cases() -> list[dict]:
+def flags_of(c: dict) -> list[str]:
+    arrays = to_arrays(c, "arithmetic")
+    return [name for name in MISTAKES if fails(c, name, arrays)]
+
+
+def all_cases(flags_of=flags_of) -> list[dict]:
     made = [
         *by_hand(), *at_the_reference(), *branches(), *swapped(), *not_monotone(), *ties(), *two_epsilons(), *plain_dpo(),
         *lengths(), *batch(), *micro_batches(), *two_optimizer_steps(), *small_and_large_beta(), *large_vocabulary(),
@@ -464,10 +469,8 @@ def all_cases() -> list[dict]:
     names, cases = {}, []
     for c in made:
         names[c["property"]] = names.get(c["property"], -1) + 1
-        arrays = to_arrays(c, "arithmetic")
         head = {"id": f"{c['property']} {names[c['property']]}"} | {k: c[k] for k in ("entry", "property", "level")}
-        flags = [name for name in MISTAKES if fails(c, name, arrays)]
-        c = head | {"flags": flags} | {k: v for k, v in c.items() if k not in head}
+        c = head | {"flags": flags_of(head | c)} | {k: v for k, v in c.items() if k not in head}
         size = sum(len(t) for r in c.get("policy_logits", []) for t in r)
         if "grad" in c["expected"] and size > 40:  # to keep the file small
             del c["expected"]["grad"], c["tolerance"]["grad"]
@@ -486,8 +489,8 @@ def head() -> dict:
     }  # fmt: skip
 
 
-def lines() -> list[str]:
-    return [json.dumps(x, ensure_ascii=False, allow_nan=False) for x in (head(), *all_cases())]
+def line(x: dict) -> str:
+    return json.dumps(x, ensure_ascii=False, allow_nan=False)
 
 
 def read(path: Path = FILE) -> list[dict]:
@@ -500,4 +503,4 @@ def read(path: Path = FILE) -> list[dict]:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-    print("\n".join(lines()))
+    print("\n".join(map(line, (head(), *all_cases()))))

@@ -11,7 +11,7 @@ import numpy as np
 
 from .asking import ANSWERS, Failed, to_arrays
 from .exact import expect, float32
-from .judging import REQUIRED, Judged, Results, expected, judge, to_numbers
+from .judging import REQUIRED, Complaint, Judged, Results, expected, judge, to_numbers
 from .mistakes import MISTAKES
 
 LOGITS = ("policy_logits", "ref_logits")
@@ -36,7 +36,9 @@ def agreements(mistake: type, judged: Judged, arrays: dict) -> dict[str, bool]:
         if name in wrong and name in right and judged.answer.get(name) is not None:
             theirs, ours = (to_numbers(x, np.shape(right[name])) for x in (judged.answer[name], wrong[name]))
             size = np.maximum(1, abs(ours) / np.maximum(abs(np.array(right[name])), 1e-300))  # bounds grow with numbers
-            found[name] = bool((abs(theirs - ours) <= np.array(judged.case["tolerance"][name]) * size).all())
+            with np.errstate(invalid="ignore"):
+                near = abs(theirs - ours) <= np.array(judged.case["tolerance"][name]) * size
+            found[name] = bool((near | (theirs == ours) | np.isnan(theirs) & np.isnan(ours)).all())
     return found
 
 
@@ -65,7 +67,7 @@ class Diagnosis:
         self.passing = [j for j in numeric if not j.complaints]
         self.arrays = {j.case["id"]: to_arrays(j.case, results.implementation.baseline) for j in numeric}
         self.few_failing, self.few_passing = spread(self.failing, 12), spread(self.passing, 8)
-        self.deadline = time.monotonic() + DIAGNOSE_SECONDS
+        self.deadline = time.process_time() + DIAGNOSE_SECONDS
 
     def text(self) -> str:
         if not self.failing:
@@ -73,7 +75,7 @@ class Diagnosis:
         found = self.search([(name,) for name in MISTAKES]) or self.search(self.pairs())
         m = len(self.failing)
         if not found:
-            names = (name for j in self.failing for name in {c.text.split(":")[0].split("[")[0] for c in j.complaints})
+            names = (name for j in self.failing for name in {c.name for c in j.complaints})
             counts = ", ".join(f"{name} in {n}" for name, n in Counter(names).most_common())
             text = f"No known mistake, nor two at once, explains these answers. Wrong in {m} failing cases: {counts}."
             return "\n".join([text, *self.steps_alone()])
@@ -108,7 +110,7 @@ class Diagnosis:
         """How many of these answers the mistakes give, or None if they miss more than allowed (or time is up)."""
         mistake, n = both(names), 0
         for i, j in enumerate(judged):
-            if time.monotonic() > self.deadline:
+            if time.process_time() > self.deadline:
                 return None
             n += all(agreements(mistake, j, self.arrays[j.case["id"]]).values())
             if i + 1 - n > misses:
@@ -117,10 +119,10 @@ class Diagnosis:
 
     def steps_alone(self) -> list[str]:
         """The mistake that gives the steps, where another one spoils the loss: half of an answer is better than none."""
-        wrong = [j for j in self.failing if any(c.text.startswith("step") for c in j.complaints)]
+        wrong = [j for j in self.failing if any(c.name == "step" for c in j.complaints)]
         sample, lines = [*spread(wrong, 24), *self.few_passing], []
         for name, mistake in MISTAKES.items() if len(wrong) > 2 else ():
-            if time.monotonic() < self.deadline:
+            if time.process_time() < self.deadline:
                 same = sum(agreements(mistake, j, self.arrays[j.case["id"]])["step"] for j in sample)
                 if same > 0.95 * len(sample):
                     lines.append(f"The steps alone, in {same} of {len(sample)} cases: {described(name)}")
@@ -217,9 +219,17 @@ def rounded_differs(case: dict, digits: int) -> bool:
     return any(abs(x - round(x, digits)) > 1e-6 for name in LOGITS for r in case[name] for t in r for x in t)
 
 
+def must_answer_wrong(found: list[Complaint]) -> bool:
+    return any(c.name in REQUIRED for c in found)
+
+
 def smallest_failure(implementation, case: dict, answer, seconds: float) -> tuple[dict, object]:
-    """Shrinks a failing case as long as the implementation gives wrong numbers for what is left of it."""
+    """Shrinks a failing case as long as the implementation gives wrong numbers for what is left of it.
+
+    If a number is wrong that everyone must answer, one of those stays wrong.
+    """
     deadline = time.monotonic() + seconds
+    required = must_answer_wrong(judge(case, answer, implementation.baseline))
     if case["entry"] != "logits":
         return case, answer
 
@@ -237,7 +247,7 @@ def smallest_failure(implementation, case: dict, answer, seconds: float) -> tupl
             answers = implementation.ask(group)
             for new, found in zip(group, answers):
                 wrong = [] if isinstance(found, Failed) else judge(new, found, implementation.baseline)
-                if wrong and not any(c.malformed for c in wrong):
+                if wrong and not any(c.malformed for c in wrong) and must_answer_wrong(wrong) >= required:
                     return new, found
         return None
 
@@ -300,7 +310,7 @@ class Reporter:
         text += self.malformed(failing, prop)
         numeric = [j for j in failing if not j.malformed]
         if numeric:
-            worst = min(numeric, key=lambda j: cost(j.case))
+            worst = min(numeric, key=lambda j: (not must_answer_wrong(j.complaints), cost(j.case)))
             started = time.monotonic()
             case, answer = smallest_failure(
                 self.results.implementation, worst.case, worst.answer, min(self.seconds, SHRINK_SECONDS / 3)

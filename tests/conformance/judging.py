@@ -15,6 +15,11 @@ class Complaint(NamedTuple):
     text: str
     malformed: str = ""  # not a wrong number but no number: what kind, for reporting it once
 
+    @property
+    def name(self) -> str:
+        """The quantity that it is about: "step[0]: …" -> "step"."""
+        return self.text.split(":")[0].split("[")[0]
+
 
 def expected(case: dict, baseline: str) -> dict:
     """The right answer for this baseline: where the file has an object, it has one member for each baseline."""
