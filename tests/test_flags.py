@@ -36,7 +36,7 @@ def refused(argv, capsys) -> str:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 LARGEST = 2**63 - 1
-AT_LEAST_0, AT_LEAST_1 = (f"at least {low} and at most {LARGEST}" for low in (0, 1))
+AT_LEAST_0, AT_LEAST_1 = "at least 0", "at least 1"
 RANGES = {  # flag: what it must be, values that are refused, values that are accepted
     "beta": ("above 0 and finite", ["0", "-0.1", "nan", "inf"], ["1e-300", "1e300"]),
     "epsilon": ("between 0 and 0.5", ["1", "-0.01", "0.5000001", "nan", "inf"], ["0", "0.5"]),
@@ -50,7 +50,7 @@ RANGES = {  # flag: what it must be, values that are refused, values that are ac
     "epochs": (AT_LEAST_1, ["0", "-1"], ["1"]),
     "steps": (AT_LEAST_1, ["0", "-1", "1" + "0" * 400], ["1"]),
     "micro_tokens": (AT_LEAST_1, ["0", "-5"], ["1"]),
-    "max_length": (f"at least 2 and at most {LARGEST}", ["0", "-1", "1"], ["2"]),
+    "max_length": ("at least 2", ["0", "-1", "1"], ["2"]),
     "max_prompt_length": (AT_LEAST_1, ["-1"], ["1", "2047"]),
     "seed": (AT_LEAST_0, ["-1", "9" * 23], ["0"]),
     "eval_size": (AT_LEAST_0, ["-1"], ["0"]),
@@ -68,7 +68,8 @@ def test_a_value_out_of_range_is_one_line_with_both_bounds(name, folder, tmp_pat
     number = {"float": float, "int": int}.get(train.Flags.__dataclass_fields__[name].type.split()[0], str)
     for value in bad:
         said = refused([*argv_of(folder, tmp_path / "out"), f"{option(name)}={value}"], capsys)
-        assert said == f"{option(name)} must be {expected} (got {number(value)})"
+        wanted = f"at most {LARGEST}" if number is int and int(value) > LARGEST else expected
+        assert said == f"{option(name)} must be {wanted} (got {number(value)})"
     for value in good:
         assert getattr(parsed(option(name), value), name) == number(value)
     assert not list(tmp_path.iterdir())
