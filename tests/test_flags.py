@@ -37,6 +37,7 @@ def refused(argv, capsys) -> str:
 
 LARGEST = 2**63 - 1
 AT_LEAST_0, AT_LEAST_1 = "at least 0", "at least 1"
+REAL = ("--model", "m", "--data", "d", "--out", "o")
 RANGES = {  # flag: what it must be, values that are refused, values that are accepted
     "beta": ("above 0 and finite", ["0", "-0.1", "nan", "inf"], ["1e-300", "1e300"]),
     "epsilon": ("between 0 and 0.5", ["1", "-0.01", "0.5000001", "nan", "inf"], ["0", "0.5"]),
@@ -71,7 +72,7 @@ def test_a_value_out_of_range_is_one_line_with_both_bounds(name, folder, tmp_pat
         wanted = f"at most {LARGEST}" if number is int and int(value) > LARGEST else expected
         assert said == f"{option(name)} must be {wanted} (got {number(value)})"
     for value in good:
-        assert getattr(parsed(option(name), value), name) == number(value)
+        assert getattr(parsed(*REAL, option(name), value), name) == number(value)
     assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +111,7 @@ def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_pa
         (["--eval-data", "x"], "--eval-data also needs --model"),
         (["--cache-reference", "x"], "--cache-reference also needs --model"),
         (["--show", "3"], "--show also needs --data"),
-        (["--max-length", "9", "--max-prompt-length", "9"], "--max-prompt-length must be below --max-length"),
+        ([*REAL, "--max-length", "9", "--max-prompt-length", "9"], "--max-prompt-length must be below --max-length"),
         (["--eval-size", "1000001"], "--eval-size must be at most 1000000 for the toy"),
     ],
 )
@@ -167,7 +168,7 @@ def test_defaults_are_those_of_the_job():
     assert (real_flags.beta, real_flags.lr, real_flags.batch_size) == (0.01, 7e-7, 128)
     one = parsed("--epsilon", "0.2", "--epsilon-step", "0")
     assert (one.epsilon_check, one.epsilon_step) == (0.2, 0.0)
-    assert parsed("--max-length", "9").max_prompt_length == 4
+    assert parsed(*REAL, "--max-length", "9").max_prompt_length == 4
 
 
 def test_several_data_flags_add_up():

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("batch_size, steps", [(8, 12), (30, 6), (31, 3), (99, 3)])
 def test_what_is_coming_is_said_before_any_time_is_spent(batch_size, steps):
     pairs = pairs_of(id_rows(31))
-    said = forecast(tiny_model(), pairs, pairs[:5], flags_of(batch_size=batch_size, epochs=3))
+    said = forecast(tiny_model(), tiny_model(), pairs, pairs[:5], flags_of(batch_size=batch_size, epochs=3))
     assert f"{steps} steps of {batch_size} pairs" in said and "GB" in said
     assert "2 evaluations of 5 pairs" in said
     tokens = int(re.search(r"about ([0-9,]+) tokens", said)[1].replace(",", ""))
