@@ -456,6 +456,10 @@ def test_shrinking_keeps_to_its_time(read, monkeypatch):
 
     results = Results(Function(slow), read)
     asked.clear()
+    batch = next(j for j in results.failing("method") if j.case["id"] == "batch 0")
+    smallest_failure(results.implementation, batch.case, batch.answer, 3)
+    assert len(asked) == 4, "the question that was being asked when time was up is the last"
+    asked.clear()
     reporter = Reporter(results, cases.PROPERTIES)
     for prop in cases.PROPERTIES:
         if results.failing("method", prop):
