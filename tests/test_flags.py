@@ -22,6 +22,13 @@ def parsed(*argv: str) -> train.Flags:
     return parse_flags(train.Flags, "", argv)
 
 
+@pytest.fixture
+def no_jobs(monkeypatch):
+    """No training: a flag that should have been refused is a failure at once."""
+    monkeypatch.setattr(train, "toy_job", None)
+    monkeypatch.setattr(train, "checkpoint_job", None)
+
+
 def refused(argv, capsys) -> str:
     """What the program says on stderr: one line, and the exit status is 2."""
     try:
@@ -64,7 +71,7 @@ RANGES = {  # flag: what it must be, values that are refused, values that are ac
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_a_value_out_of_range_is_one_line_with_both_bounds(name, folder, tmp_path, capsys):
+def test_a_value_out_of_range_is_one_line_with_both_bounds(name, folder, tmp_path, capsys, no_jobs):
     expected, bad, good = RANGES[name]
     number = {"float": float, "int": int}.get(train.Flags.__dataclass_fields__[name].type.split()[0], str)
     for value in bad:
@@ -95,7 +102,7 @@ BAD = {  # flag: values that are no number, or that nothing goes by
 
 
 @pytest.mark.parametrize("flag, value", [(flag, value) for flag, values in BAD.items() for value in values])
-def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_path, capsys):
+def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_path, capsys, no_jobs):
     said = refused([*argv_of(folder, tmp_path / "out"), f"--{flag}", value], capsys)
     assert re.search(rf"--{flag}(?![\w-])", said), said
     assert not (tmp_path / "out").exists()
@@ -115,7 +122,7 @@ def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_pa
         (["--eval-size", "1000001"], "--eval-size must be at most 1000000 for the toy"),
     ],
 )
-def test_flags_that_need_or_exclude_one_another_are_one_line(argv, expected, capsys, tmp_path, monkeypatch):
+def test_flags_that_need_or_exclude_one_another_are_one_line(argv, expected, capsys, tmp_path, monkeypatch, no_jobs):
     monkeypatch.chdir(tmp_path)
     assert refused(argv, capsys) == expected and not list(tmp_path.iterdir())
 
@@ -136,7 +143,7 @@ def test_flags_that_need_or_exclude_one_another_are_one_line(argv, expected, cap
         (["--resume=yes"], "see --help"),
     ],
 )
-def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(argv, hint, capsys, tmp_path, monkeypatch):
+def test_a_mistyped_flag_is_one_line_with_the_flag_that_was_meant(argv, hint, capsys, tmp_path, monkeypatch, no_jobs):
     monkeypatch.chdir(tmp_path)
     said = refused(argv, capsys)
     assert said.endswith(f"({hint})") and argv[0].split("=")[0] in said and not list(tmp_path.iterdir())
@@ -154,7 +161,7 @@ def test_an_abbreviated_flag_is_refused(name, capsys):
 
 def test_given_are_the_flags_of_the_command_line():
     assert parsed().given == frozenset() == train.Flags().given
-    flags = parsed("--beta", "0.5", "--eval-size", "7", "--resume")  # 0.5 is the toy's default, and was given
+    flags = parsed("--beta", "0.5", "--eval-size", "128", "--resume")  # given, though defaults
     assert flags.given == {"beta", "eval_size", "resume"} and flags.beta == parsed().beta
     assert parsed("--model", "m", "--out", "o", "--data", "a", "--data", "b").given == {"model", "out", "data"}
 
