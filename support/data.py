@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from model import Config
 from support.device import rank_and_world
 from support.files import what_is
 from support.forms import CONTEXT, FIELDS, Example, example_of
+from support.report import progress_bar
 from support.rows import BadRow, Pair
 from support.text import Tokenizer
 
@@ -324,7 +324,7 @@ class Reader:
 
         Raises ValueError where a file cannot be read any further."""
         for file in map(str, files):
-            rows = iter(tqdm(read_rows(file), f"tokenizing {Path(file).name}", unit=" rows", disable=not progress))
+            rows = iter(progress_bar(read_rows(file), f"tokenizing {Path(file).name}", " rows", shown=progress))
             while batch := list(islice(rows, at_once)):
                 written = [self.texts(row) for _, _, row in batch]
                 with suppress(BadRow):  # a row that fails is encoded alone below, and then fails with its own error

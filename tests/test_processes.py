@@ -34,8 +34,7 @@ from tests.runs import (
 OLD = not hasattr(torch.cpu.Stream, "record_event")
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.skipif(OLD, reason="this torch's FSDP2 needs GPUs")]
 FLOAT64 = (  # both models in double precision, where two orders of adding up cannot change a decision
-    "load = train.load_model\n"
-    "train.load_model = lambda folder, **rest: load(folder, dtype=torch.float64, **rest)\n"
+    "load = train.load_model\ntrain.load_model = lambda folder, **rest: load(folder, dtype=torch.float64, **rest)\n"
 )
 GRADIENTS = (  # what the optimizer is given at its first step, whole
     "step = torch.optim.AdamW.step\n"
