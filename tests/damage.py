@@ -237,6 +237,7 @@ FILES = {  # (all lines, dice) -> what stands in the file
     "gzip cut short": lambda whole, dice: gzip.compress(whole)[: dice.randrange(3, len(gzip.compress(whole)))],
     "gzip damaged": lambda whole, dice: damage("a byte changed", gzip.compress(whole), dice),
     "gzip of nothing": lambda whole, dice: gzip.compress(b""),
+    "one JSON array": lambda whole, dice: b"[" + b",\n".join(whole.splitlines()) + b"]",
     "blank lines alone": lambda whole, dice: b" \r\n\t\n" * dice.randrange(1, 99),
 }
 

@@ -121,7 +121,10 @@ def json_lines(folder: Path, good: Path, kind: str) -> None:
     content = path.read_bytes()
     content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     found = {pair.line: [ids.tolist() for ids in pair[:3]] for pair in pairs}
-    for number, line in enumerate(content.split(b"\n"), 1):
+    lines = content.split(b"\n")
+    if content.startswith(b"["):
+        lines = [json.dumps(row).encode() for row in json.loads(content)]
+    for number, line in enumerate(lines, 1):
         line = line.removeprefix(b"\xef\xbb\xbf").strip()
         wanted = known.get(line)
         if wanted is None and number in found:

@@ -1250,6 +1250,11 @@ def leaves(value):
         ("content", {"chosen": [assistant("yes", reasoning_content="hm")]}, {"reasoning_content of assistant"}),
         ("content", {"chosen": [assistant("yes", tool_calls=CALL)]}, {"tool_calls of assistant"}),
         ("content", {"prompt": [user("Hi", name="Ann")]}, {"name of user"}),
+        (
+            "content",
+            {"prompt": "hm", "chosen": [assistant("yes", reasoning_content="hm")]},
+            {"reasoning_content of assistant"},
+        ),
         ("content", {"tools": TOOLS}, {"tools"}),
         ("content", {"chat_template_kwargs": {"enable_thinkin": False}}, {"enable_thinkin of chat_template_kwargs"}),
         ("no system", {"system": "Be brief."}, {"content of system"}),
@@ -1265,6 +1270,29 @@ def test_text_that_the_template_leaves_out_is_reported(with_template, tmp_path, 
     assert set(report.left_out) == fields and report.incomplete == bool(fields)
     for name in fields:
         assert f"1 pairs have text that the chat template leaves out: {name} (1)" in str(report)
+
+
+def test_an_answer_that_the_template_leaves_out_is_blank(with_template, tmp_path):
+    row = {"prompt": "Hi", "chosen": [assistant("", tool_calls=CALL)], "rejected": NO}
+    with pytest.raises(ValueError, match="a:1: blank answer: .*; the chat template leaves out tool_calls of assistant"):
+        load(tmp_path / "a", [row], with_template(FORGETS["content"]))
+
+
+def test_answers_that_repeat_the_prompt_are_counted(tmp_path, kinds):
+    rows = [
+        text_row("He said", "He said yes", "He said no"),
+        text_row("He", "He said", " no"),
+        text_row(" ", " a", " b"),
+    ]
+    _, report = load(tmp_path / "a", rows, kinds["byte level"])
+    assert report.repeated == 1 and "1 pairs have answers that both repeat the prompt" in str(report)
+
+
+@pytest.mark.parametrize("value", [json.dumps([user("Hi")]), str([user("Hi")]), json.dumps({"messages": [user("Hi")]})])
+def test_messages_written_as_text_are_refused(tmp_path, kinds, value):
+    with pytest.raises(ValueError, match="a:1: unknown form: prompt is messages written as text"):
+        load(tmp_path / "a", [text_row(value, " yes", " no")], kinds["byte level"])
+    assert load(tmp_path / "a", [text_row('[{"name": 1}]', '{"a": 1}', " no")], kinds["byte level"])[0]
 
 
 def test_a_text_that_occurs_elsewhere_does_not_hide_one_that_is_left_out(with_template, tmp_path):
