@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from model import Config
 from support.device import rank_and_world
+from support.report import progress_bar
 from support.rows import BadRow, Pair
 from support.text import Tokenizer
 
@@ -212,7 +212,7 @@ def load_pairs(
         raise ValueError(f"max_prompt_length {max_prompt_length} is not between 0 and max_length {max_length}")
     pairs, report = [], Report()
     for file in map(str, files):
-        for line, text in tqdm(read_lines(file), f"tokenizing {Path(file).name}", unit=" rows", disable=not progress):
+        for line, text in progress_bar(read_lines(file), f"tokenizing {Path(file).name}", " rows", shown=progress):
             report.read += 1
             try:
                 form, parts = one_form(parse(text))

@@ -144,3 +144,12 @@ def any_process(asked: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(asked), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def from_process_0(value: object) -> object:
+    """What process 0 gives, on all processes: whether a file exists, for one, may differ between machines."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

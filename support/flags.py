@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from support.signals import handled_by
 
 LARGEST = 2**63 - 1  # what torch and numpy hold as an integer
 
@@ -130,12 +134,12 @@ def parse_flags(cls: type, description: str, argv: Sequence[str] | None = None) 
     return cls(**values, given=frozenset(values))
 
 
-def resume_command(argv: Sequence[str], distributed: bool = False) -> str:
-    """The command that continues a run which was started with `argv`, quoted for a shell."""
-    kept = [argument for argument in argv if argument not in ("--overwrite", "--resume")]
-    if distributed:
-        return f"the same torchrun as before, and: {shlex.join([sys.argv[0], *kept, '--resume'])}"
-    return shlex.join(["python", sys.argv[0], *kept, "--resume"])
+def resume_command(argv: Sequence[str]) -> str:
+    """How to continue a run that was started with `argv`: "with" and the command, quoted for a shell."""
+    arguments = [sys.argv[0], *(x for x in argv if x not in ("--overwrite", "--resume")), "--resume"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"with the same torchrun as before and:\n{shlex.join(arguments)}"
+    return f"with:\n{shlex.join([sys.executable, *arguments])}"
 
 
 def one_line_errors(program: Callable[[], object]) -> int:
@@ -145,7 +149,8 @@ def one_line_errors(program: Callable[[], object]) -> int:
             stream.reconfigure(errors="replace")  # a terminal without β or ± is no reason to stop
     out_of_memory = "out of memory; try a smaller --micro-tokens or --gradient-checkpointing"
     try:
-        program()
+        with handled_by(signal.default_int_handler):  # SIGTERM too raises KeyboardInterrupt
+            program()
         return 0
     except (ValueError, OSError, ImportError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)

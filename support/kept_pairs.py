@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from support.files import replace_file
+from support.files import replace_file, require
 from support.rows import Pair
 
 DATA_FLAGS = ("data", "eval_data", "eval_size", "max_length", "max_prompt_length", "skip_bad_rows")
@@ -32,34 +31,47 @@ def made_by(flags: object, names: Iterable[str]) -> dict[str, object]:
     return {name: [describe(x) for x in value] if name.endswith("data") else value for name, value in made.items()}
 
 
+def pairs_file_size(pairs: Sequence[Pair]) -> int:
+    """About how many bytes `save_pairs_file` writes."""
+    return sum(4 * sum(map(len, pair[:3])) + 64 for pair in pairs)
+
+
 def save_pairs_file(path: Path, pairs: Sequence[Pair], eval_pairs: Sequence[Pair], made: dict) -> None:
-    every = [*pairs, *eval_pairs]
-    names = sorted({pair.file for pair in every})
+    every = [*pairs, *eval_pairs]  # N of them
+    files = sorted({pair.file for pair in every})
     columns = {
         "ids": np.concatenate([np.concatenate(pair[:3]) for pair in every]).astype(np.int32),  # all parts, end to end
         "lengths": np.array([[len(part) for part in pair[:3]] for pair in every], np.int64),  # (N, 3)
         "cut": np.array([pair.cut for pair in every], np.int64),  # (N, 3)
-        "place": np.array([names.index(pair.file) for pair in every], np.int64),  # (N,) an index into `names`
+        "place": np.array([files.index(pair.file) for pair in every], np.int64),  # (N,) an index into `files`
         "line": np.array([pair.line for pair in every], np.int64),  # (N,)
-        "names": np.array(names),
-        "to_train_on": np.array(len(pairs)),
-        "made_by": np.array(json.dumps(made)),
     }
-    replace_file(path, lambda f: np.savez(f, **columns))
+    text = json.dumps({"files": files, "to_train_on": len(pairs), "made_by": made})
+    replace_file(path, lambda f: np.savez(f, **columns, text=np.array(text)))
 
 
 def load_pairs_file(path: Path, vocab_size: int) -> tuple[list[Pair], list[Pair], dict]:
-    """Training pairs, held-out pairs, and what made them. ValueError for a damaged file."""
+    """Training pairs, held-out pairs, and what made them. ValueError for a damaged file and for ids out of range."""
     try:
+        broken = zipfile.ZipFile(path).testzip()  # numpy looks at the checksum of an array only if it reads to its end
+        require(broken is None, f"{broken} in it is damaged")
         with np.load(path, allow_pickle=False) as file:
-            x = {name: file[name] for name in file.files}
-        ids, lengths, names = x["ids"], x["lengths"], x["names"]
-        ends = np.cumsum(lengths.flatten())
-        if ends[-1] != len(ids) or lengths.min() < 1 or not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise ValueError(f"its token ids do not fit a vocabulary of {vocab_size}")
+            ids, lengths, cut, place, line = (file[name] for name in ("ids", "lengths", "cut", "place", "line"))
+            text = json.loads(str(file["text"]))
+        files, to_train_on, made = text["files"], text["to_train_on"], dict(text["made_by"])
+        ends = np.cumsum(lengths.reshape(-1, 3))
+        n = len(lengths)
+        require(cut.shape == (n, 3) and place.shape == line.shape == (n,), "its arrays are not of one length")
+        require(
+            ids.dtype == np.int32 and lengths.min() > 0 and ends[-1] == len(ids), "its lengths and ids do not match"
+        )
         parts = np.split(ids, ends[:-1])
-        columns = zip(parts[::3], parts[1::3], parts[2::3], x["place"], x["line"], x["cut"])
-        every = [Pair(p, c, r, str(names[f]), int(n), tuple(map(int, cut))) for p, c, r, f, n, cut in columns]
-        return every[: int(x["to_train_on"])], every[int(x["to_train_on"]) :], json.loads(str(x["made_by"]))
-    except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e:
-        raise ValueError(f"{path}: damaged ({e}); start again with --overwrite") from e
+        columns = zip(parts[::3], parts[1::3], parts[2::3], place, line, cut)
+        every = [Pair(p, c, r, files[i], int(row), tuple(map(int, gone))) for p, c, r, i, row, gone in columns]
+        require(0 < to_train_on <= n, f"it has {n} pairs, {to_train_on} to train on")
+    except Exception as e:  # numpy and zipfile fail in many ways on what is no such file
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}); start again with --overwrite and --data") from e
+    if not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"{path}: expected token ids from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}")
+    return every[:to_train_on], every[to_train_on:], made

@@ -8,9 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,14 +23,17 @@ from torch.distributed.checkpoint.state_dict import (
 
 from model import GPT
 from support.checkpoint import SINGLE, save_model
-from support.device import any_process, rank_and_world
+from support.device import any_process, from_process_0, rank_and_world
 from support.files import replace_file
-from support.kept_pairs import DATA_FLAGS, load_pairs_file, made_by, save_pairs_file
+from support.kept_pairs import DATA_FLAGS, load_pairs_file, made_by, pairs_file_size, save_pairs_file
 from support.report import draw, eval_line, progress_bar, say, step_line
 from support.rows import Pair, ids_hash
+from support.signals import asked_to_stop
 
 GATHERED_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
-RESULTS = ("metrics.jsonl", "checkpoint.pt", "pairs.npz", "model", "run.svg")
+# What a new run removes of an old one, in this order: a kill in between must not make the new run look finished.
+RESULTS = ("model", "checkpoint.pt", "pairs.npz", "metrics.jsonl", "run.svg")
+NO_CHECKPOINT = "no checkpoint was saved (--save-every N writes one every N steps)"
 # Flags that a resumed run may change: they change no number, or only the last bits of one.
 FREE_ON_RESUME = ("model", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show", "resume")
 FREE_ON_RESUME += ("overwrite", "gradient_checkpointing", "given")
@@ -49,35 +50,37 @@ class Run:
     """
 
     def __init__(self, out: Path | None = None, flags: object = None, command: str = "") -> None:
-        """Claim the folder `out` for a run with these `flags`; `command` is what continues it.
+        """Claim the folder `out` for a run with these `flags`; `command` says how to continue it.
 
         Raises ValueError if `out` holds another run and the flags say neither --resume nor --overwrite.
         """
         self.out, self.flags, self.command = out, flags, command
         self.lines: list[dict[str, float]] = []
         self.done = self.saved = self.step = 0  # steps finished, steps in the checkpoint, the step at work
-        self.asked = self.stopping = False  # this process, any process was asked to stop
+        self.stopping = False  # whether any process was asked to stop when the last step ended
         self.file = self.bar = None
-        self.made_by: dict | None = None  # what made the pairs that a resumed run goes on with
-        self.overwrite = flags is not None and flags.overwrite
-        self.resumes = bool(out and flags.resume and (out / "checkpoint.pt").exists())
-        self.finished = bool(out and flags.resume and (out / "model").exists())
+        self.made_by: dict | None = None  # what made the kept pairs, if the run goes on with them
+        self.writes = rank_and_world()[0] == 0  # one process does, and decides what there is to go on with
+        there = out and flags.resume and {name for name in RESULTS if (out / name).exists()}
+        there = from_process_0(there or set())
+        self.resumes, self.has_pairs, self.finished = (x in there for x in ("checkpoint.pt", "pairs.npz", "model"))
+        if out and self.writes:
+            self._claim()
         if self.finished:
             print(f"--resume: the run in {out} is finished; its model is {out / 'model'}")
-        elif out and rank_and_world()[0] == 0:
-            self._claim()
 
     def _claim(self) -> None:
         out, flags, before = self.out, self.flags, {}
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            before = dict(json.loads((out / "flags.json").read_text()))
-        if not flags.out and before.get("model") == "":  # a toy in the toy's default folder replaces an earlier one
-            self.overwrite = not flags.resume
-        held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
         for path in filter(None, (flags.model, flags.cache_reference, *flags.data, *flags.eval_data)):
             if any(Path(path).resolve().is_relative_to((out / name).resolve()) for name in RESULTS):
                 raise ValueError(f"--out {out}: this run would replace {path}, which it reads; choose another folder")
-        if held and not (flags.resume or self.overwrite):
+        if self.finished:
+            return
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            before = dict(json.loads((out / "flags.json").read_text()))
+        held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
+        toy_again = not flags.out and before.get("model") == ""  # in the toy's own folder: it replaces an earlier toy
+        if held and not (flags.resume or flags.overwrite or toy_again):
             raise ValueError(
                 f"--out {out} already contains a run ({', '.join(held)}): "
                 "use --resume to continue it or --overwrite to replace it"
@@ -93,17 +96,12 @@ class Run:
 
         Raises ValueError for a damaged file, and for data flags that were given and would make other pairs.
         """
-        path = self.out / "pairs.npz"
-        if not (self.flags.resume and path.exists()):
+        if not self.has_pairs:
             return None
+        path = self.out / "pairs.npz"
         pairs, eval_pairs, self.made_by = load_pairs_file(path, vocab_size)
-        here, there = made_by(self.flags, self.flags.given), self.made_by
-        if differ := [
-            f"{name} was {there.get(name)} there, is {here[name]} here"
-            for name in here
-            if here[name] != there.get(name)
-        ]:
-            raise ValueError(f"--resume: {path} holds pairs that other data flags made: {'; '.join(differ)}")
+        if differ := differences(self.made_by, made_by(self.flags, self.flags.given)):
+            raise ValueError(f"--resume: {path} holds pairs that other data flags made: {differ}")
         print(f"pairs: {len(pairs):,} to train on and {len(eval_pairs):,} held out, as kept in {path}")
         return pairs, eval_pairs
 
@@ -115,21 +113,21 @@ class Run:
         Raises ValueError for a checkpoint of another run and for a disk without room for this one's results.
         """
         self.policy, self.optimizer, self.method = policy, optimizer, method
-        self.device, writes = next(policy.parameters()).device, rank_and_world()[0] == 0
+        self.device = next(policy.parameters()).device
         if not self.out:
             return
         self.fingerprint = fingerprint(self.flags, pairs, eval_pairs)
-        if writes:
-            self._check_room(sum(len(part) for pair in (*pairs, *eval_pairs) for part in pair[:3]))
+        if self.writes:
+            self._check_room(pairs_file_size([*pairs, *eval_pairs]) if self.flags.model else 0)
         if self.resumes:
             self.done, self.lines = load_checkpoint(self.out, policy, optimizer, method, self.fingerprint)
             self.saved = self.step = self.done
-        if writes:
+        if self.writes:
             self._open(pairs, eval_pairs)
 
-    def _check_room(self, tokens: int) -> None:
+    def _check_room(self, of_pairs: int) -> None:
         weights = sum(p.numel() for p in self.policy.parameters())
-        need = weights * (4 + 24 * bool(self.flags.save_every)) + 4 * tokens  # a new checkpoint beside the old one
+        need = weights * (4 + 24 * bool(self.flags.save_every)) + of_pairs  # a new checkpoint beside the old one
         replaced = [self.out / name for name in ("checkpoint.pt", "pairs.npz", f"model/{SINGLE}")]
         free = shutil.disk_usage(self.out).free + sum(x.stat().st_size for x in replaced if x.exists())
         if free < need:
@@ -140,11 +138,12 @@ class Run:
         for name in ("flags.json", *RESULTS):
             for path in out.glob(f".{name}.[0-9]*.tmp"):  # of a save that was killed
                 remove(path)
-        if not self.resumes:
-            for name in RESULTS:
+        for name in () if self.resumes else RESULTS:
+            if name != "pairs.npz" or not self.made_by:
                 remove(out / name)
-            if self.flags.model:
-                save_pairs_file(out / "pairs.npz", pairs, eval_pairs, self.made_by or made_by(self.flags, DATA_FLAGS))
+        if self.flags.model and not self.made_by:
+            save_pairs_file(out / "pairs.npz", pairs, eval_pairs, made_by(self.flags, DATA_FLAGS))
+        if not (self.resumes and (out / "flags.json").exists()):
             text = json.dumps(dataclasses.asdict(self.flags), indent=2, default=sorted)
             replace_file(out / "flags.json", lambda f: f.write(text.encode()))
         replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in self.lines))
@@ -153,42 +152,41 @@ class Run:
     # ---- the loop
 
     def __enter__(self) -> Run:
-        ours = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be taken
-        numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
-        self.handlers = {number: signal.signal(number, self._ask) for number in numbers}
+        self.signals = contextlib.ExitStack()
+        self.asked = self.signals.enter_context(asked_to_stop())
         return self
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        os.write(2, b"\nstopping after this step (press again to stop now)\n")
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Save the last finished step if the run was stopped, and add to an error how the run can be continued."""
+        if self.bar is not None:
+            self.bar.n = self.done
+            self.bar.close()
         try:
             if isinstance(error, Stopped) and self.out and self.done > self.saved:
                 self.save()
+        except (KeyboardInterrupt, ValueError, OSError) as e:
+            error = e
         finally:
+            self.signals.close()
             if self.file:
-                self.file.close()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+                with contextlib.suppress(OSError):  # of a full disk, which log() has reported
+                    self.file.close()
+        if isinstance(error, Stopped):
+            raise self._interrupted(f"stopped after step {self.done}" if self.done else "stopped before step 1")
         if isinstance(error, KeyboardInterrupt):
-            said = (
-                f"stopped after step {self.done}" if isinstance(error, Stopped) else f"interrupted in step {self.step}"
-            )
-            raise KeyboardInterrupt(f"{said}{self._how_to_continue()}") from None
-        if isinstance(error, ValueError):
-            raise ValueError(f"step {self.step}, {error}{self._how_to_continue()}") from error
+            raise self._interrupted(f"interrupted in step {self.step}")
+        if isinstance(error, (ValueError, OSError)):
+            how = f"continue from the checkpoint of step {self.saved} with --resume" if self.saved else NO_CHECKPOINT
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(f"step {self.step}, {error}" + f"; {how}" * bool(self.out)) from error
 
-    def _how_to_continue(self) -> str:
-        if not self.out:
-            return ""
-        if not self.saved:
-            return "; no checkpoint was saved (--save-every N writes one every N steps)"
-        command = f" with:\n{self.command}" if self.command else " with --resume"
-        return f"; continue from the checkpoint of step {self.saved}{command}"
+    def _interrupted(self, where: str) -> KeyboardInterrupt:
+        """What ends the program, with the command that continues the run."""
+        if not (self.out and self.writes):
+            return KeyboardInterrupt(where)
+        again = f"continue from the checkpoint of step {self.saved}" if self.saved else "start again"
+        lost = f"{NO_CHECKPOINT}; " if self.step and not self.saved else ""
+        return KeyboardInterrupt(f"{where}; {lost}{again} {self.command or 'with --resume'}")
 
     def progress(self, steps: int) -> Iterator[int]:
         """The steps that are still to do, 0-based, with a bar."""
@@ -198,11 +196,15 @@ class Run:
                 yield step
 
     def watch(self, micro_batches: Sequence[list[Pair]]) -> Iterator[list[Pair]]:
-        """The micro-batches of an evaluation, with a bar. Between two of them the run can be stopped."""
+        """The micro-batches of an evaluation, with a bar. Raises Stopped between two of them and after the last."""
         for group in progress_bar(micro_batches, "evaluate", "batch", leave=False, delay=2):
-            if any_process(self.asked, self.device):
-                raise Stopped
+            self._stop_here_if_asked()
             yield group
+        self._stop_here_if_asked()
+
+    def _stop_here_if_asked(self) -> None:
+        if any_process(bool(self.asked), self.device):
+            raise Stopped
 
     def log(self, step: int, line: dict[str, float]) -> None:
         """Add a line to the metrics, of optimizer step `step` (from 1) or of an evaluation after that many steps."""
@@ -233,7 +235,7 @@ class Run:
 
     def must_save(self, last: bool) -> bool:
         """Whether a checkpoint is due after the step that was logged last."""
-        self.stopping = any_process(self.asked, self.device)
+        self.stopping = any_process(bool(self.asked), self.device)
         if not self.out:
             return False
         every = self.flags.save_every
@@ -248,7 +250,7 @@ class Run:
         weights, moments = get_state_dict(self.policy, self.optimizer, options=GATHERED_ON_CPU)  # all processes gather
         state = {"step": self.done, "method": vars(self.method), "fingerprint": self.fingerprint}
         state |= {"metrics": json.dumps(self.lines), "weights": weights, "moments": moments}
-        if rank_and_world()[0] == 0:
+        if self.writes:
             if not all(x.isfinite().all() for x in weights.values()):
                 raise ValueError("the weights are no longer finite and were not saved")
             replace_file(self.out / "checkpoint.pt", lambda f: torch.save(state, f))
@@ -259,7 +261,7 @@ class Run:
     def finish(self) -> None:
         """Write the final model as a folder that transformers loads, and a figure if matplotlib is installed."""
         weights = get_model_state_dict(self.policy, options=GATHERED_ON_CPU)
-        if rank_and_world()[0] != 0:
+        if not self.writes:
             return
         whole = GPT(self.policy.config)
         whole.load_state_dict(weights)
@@ -267,6 +269,8 @@ class Run:
         try:
             save_model(whole, beside, source=self.policy.source)
             beside.replace(self.out / "model")  # so that `model` is never half a model
+        except KeyboardInterrupt:
+            raise self._interrupted("interrupted while the model was written") from None
         finally:
             remove(beside)
         drawn = draw(self.lines, self.out / "run.svg")
@@ -278,10 +282,19 @@ class Run:
 
 
 def remove(path: Path) -> None:
+    """Remove a file, a link or a folder. A folder is renamed first: it is whole or gone, even after a kill."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        doomed = path if path.name.endswith(".tmp") else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(path.replace(doomed))
     else:
         path.unlink(missing_ok=True)
+
+
+def differences(there: dict, here: dict) -> str:
+    """The values of `here` that are others in `there`, in words."""
+    return "; ".join(
+        f"{name} was {there.get(name)} there, is {x} here" for name, x in here.items() if x != there.get(name)
+    )
 
 
 def fingerprint(flags: object, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]) -> dict[str, str]:
@@ -308,12 +321,7 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, s
         if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch itself does not look at the checksums
             raise ValueError(f"{broken} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        theirs = state["fingerprint"]
-        differ = [
-            f"{name} was {theirs.get(name)} there, is {mine[name]} here"
-            for name in mine
-            if mine[name] != theirs.get(name)
-        ]
+        differ = differences(state["fingerprint"], mine)
         if not differ:
             step, of_method, lines = state["step"], dict(state["method"]), json.loads(state["metrics"])
             weights, moments = state["weights"], state["moments"]
@@ -326,6 +334,6 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, s
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a checkpoint of this program: {reason}") from e
     if differ:
-        raise ValueError(f"{path} belongs to another run: {'; '.join(differ)}. Resume with the same flags and files")
+        raise ValueError(f"{path} belongs to another run: {differ}. Resume with the same flags and files")
     vars(method).update(of_method)
     return step, lines

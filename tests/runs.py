@@ -120,15 +120,15 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def ended(argv, capsys) -> tuple[int, str]:
-    """Exit code and the last line on stderr."""
+def ended(argv, capsys, lines: int = 1) -> tuple[int, str]:
+    """Exit code and the last `lines` lines on stderr, or all of them (0)."""
     try:
         code = train.main([str(a) for a in argv])
     except SystemExit as e:
         code = e.code
     err = capsys.readouterr().err
     assert "Traceback" not in err
-    return code, err.strip().splitlines()[-1] if err.strip() else ""
+    return code, "\n".join(err.strip().splitlines()[-lines:])
 
 
 # ---- processes: forked from a server that has imported train once, so that starting one takes no time ----------------
@@ -192,9 +192,9 @@ class Run:
             time.sleep(0.002)
 
 
-def run(argv, folder: Path, **options) -> tuple[int, str]:
+def run(argv, folder: Path, log: Path | None = None, **options) -> tuple[int, str]:
     """Exit code and output of one run."""
-    process = Run(argv, folder / f"log-{time.monotonic_ns()}", **options)
+    process = Run(argv, log or folder / f"log-{time.monotonic_ns()}", **options)
     return process.wait(), process.log
 
 

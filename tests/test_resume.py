@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import support.data
+import support.run
 import train
 from model import GPT
+from support import toy
 from support.checkpoint import load_model
+from support.flags import resume_command
+from support.kept_pairs import pairs_file_size
+from support.run import fingerprint
 from tests.runs import (
     Run,
     argv_of,
     ended,
     id_rows,
+    pairs_of,
     read_metrics,
     real,
     run,
@@ -58,10 +66,7 @@ def interrupt() -> None:
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Call `act` in the middle of a step, counted from 0: when its learning rate is asked for.
-
-    A signal is then noticed in the next step, after which the run stops: step + 2 are done.
-    """
+    """Call `act` in a step, counted from 0: when its learning rate is computed. Stopped there, a run did step + 1."""
     original = train.learning_rate
 
     def learning_rate(now, *rest):
@@ -75,34 +80,106 @@ def at_step(monkeypatch, step: int, act) -> None:
 # ---- stopped at every step -------------------------------------------------------------------------------------------
 
 
-def soon(monkeypatch, number: int) -> None:
-    """A signal when a run first compares the two models: in its first step, or in the evaluation before it."""
-    original, sent = train.compare, []
+def at_micro_batch(monkeypatch, training: bool, count: int, act) -> None:
+    """Call `act` while the micro-batch number `count` (from 1) of the training, or of the evaluations, is scored."""
+    original, seen = train.score_pairs, []
 
-    def compare(*args):
-        if not sent:
-            sent.append(os.kill(os.getpid(), number))
+    def score_pairs(*args):
+        if torch.is_grad_enabled() == training:
+            seen.append(args)
+            if len(seen) == count:
+                act()
         return original(*args)
 
-    monkeypatch.setattr(train, "score_pairs", compare)
+    monkeypatch.setattr(train, "score_pairs", score_pairs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_at_every_step_saves_and_says_how_to_go_on(number, folder, undisturbed, tmp_path, capsys):
+def test_a_signal_in_every_step_saves_and_says_how_to_continue(number, folder, undisturbed, tmp_path, capsys):
     out = tmp_path / "out"
     argv = argv_of(folder, out, "--eval-every", 5)
     for step in range(1, STEPS + 1):  # one run, stopped in each of its steps
         with pytest.MonkeyPatch.context() as m:
-            soon(m, number)
-            code, said = ended([*argv, *(["--resume"] if step > 1 else [])], capsys)
+            at_micro_batch(m, True, 1, lambda: os.kill(os.getpid(), number))
+            code, said = ended([*argv, *(["--resume"] if step > 1 else [])], capsys, lines=2)
         assert [line["step"] for line in steps_of(read_metrics(out))] == list(range(1, step + 1))
-        if step < STEPS:
-            assert code == 130 and "--resume" in said and str(out) in said and f"step {step}" in said
-            assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == step
-            assert not (out / "model").exists()
-        else:
-            assert code == 0  # that was the last one anyway
+        assert code == 130 and f"stopped after step {step}; continue from the checkpoint of step {step}" in said
+        assert said.splitlines()[1].count("--resume") == 1 and str(out) in said
+        assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == step
+        assert not (out / "model").exists()
+    assert train.main([*argv, "--resume"]) == 0
     assert end_of(out) == undisturbed
+
+
+def test_a_signal_in_the_last_step_changes_nothing_if_no_evaluation_is_due(folder, tmp_path):
+    argv = [*argv_of(folder, None), "--eval-size", "0"]
+    argv = [a for a in argv if a not in ("--eval-data", str(folder / "held.jsonl"))]
+    assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as m:
+        at_step(m, STEPS - 1, interrupt)
+        assert train.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert end_of(tmp_path / "out") == end_of(tmp_path / "whole")
+
+
+def test_a_signal_in_every_micro_batch_of_the_evaluations(folder, undisturbed, tmp_path, capsys):
+    argv = argv_of(folder, None, "--eval-every", 5)
+    micro_batches = len(train.my_micro_batches(pairs_of(id_rows(7, seed=1)), 40))
+    assert micro_batches > 2
+    for evaluation, step in enumerate((0, 5, 10, 12)):
+        for k in range(1, micro_batches + 1):
+            out = tmp_path / f"{step}-{k}"
+            with pytest.MonkeyPatch.context() as m:
+                at_micro_batch(m, False, evaluation * micro_batches + k, interrupt)
+                scored = []
+                counting = train.score_pairs
+                m.setattr(train, "score_pairs", lambda *a, scored=scored, f=counting: scored.append(1) or f(*a))
+                code, said = ended([*argv, "--out", out], capsys, lines=2)
+            assert code == 130 and "with:" in said
+            assert f"stopped after step {step};" in said if step else "stopped before step 1; start again" in said
+            lines = read_metrics(out)
+            assert [x["step"] for x in steps_of(lines)] == list(range(1, step + 1))
+            assert not any(x["step"] == step for x in lines if "eval/loss" in x), "it is dropped"
+            assert step or len(scored) == k, "it ended with the micro-batch"
+            if k == 2 or step == 5:
+                assert train.main([*argv, "--out", str(out), "--resume"]) == 0
+                assert end_of(out) == undisturbed
+
+
+def test_signals_in_made_up_evaluations_lose_nothing(folder, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    argv = argv_of(folder, out, "--eval-every", 5, "--resume")
+    for _ in range(3):  # each time in the same evaluation, before step 1, and then after step 5
+        with pytest.MonkeyPatch.context() as m:
+            at_micro_batch(m, False, 2, interrupt)
+            assert train.main(argv) == 130
+    with pytest.MonkeyPatch.context() as m:
+        at_step(m, 4, interrupt)
+        assert train.main(argv) == 130
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as m:
+            at_micro_batch(m, False, 1, interrupt)
+            assert train.main(argv) == 130
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert train.main(argv) == 0
+    assert end_of(out) == undisturbed
+
+
+def test_a_signal_in_the_middle_of_one_long_call_is_answered_at_once(folder, tmp_path):
+    """Python runs no handler during one call, such as a backward pass. This one ends when the answer is in the log."""
+    log = tmp_path / "log"
+    shell = f"kill -TERM $PPID; for i in $(seq 300); do grep -q stopping {log} && exit 7; sleep 0.1; done"
+    before = (
+        "import ctypes\n"
+        "original, calls = train.score_pairs, []\n"
+        "def score_pairs(*args):\n"
+        "    calls.append(torch.is_grad_enabled())\n"
+        f"    if sum(calls) == 1: print('exit', ctypes.CDLL(None).system({shell.encode()!r}) >> 8)\n"
+        "    return original(*args)\n"
+        "train.score_pairs = score_pairs\n"
+    )
+    code, said = run(argv_of(folder, tmp_path / "out"), tmp_path, before=before, log=log)
+    assert code == 130 and "exit 7\n" in said and "stopped after step 1;" in said
+    assert said.count("stopping after this step (press again to stop now)") == 1
 
 
 class Killed(BaseException):
@@ -127,12 +204,32 @@ def test_killed_in_any_step_and_resumed_from_the_save_before_it(folder, undistur
     assert end_of(out) == undisturbed
 
 
-def test_a_run_that_has_ended_may_be_resumed_and_stays_as_it_is(folder, undisturbed, tmp_path):
-    argv = argv_of(folder, tmp_path / "out", "--save-every", 5, "--eval-every", 5)
+@pytest.mark.parametrize("more", [[], ["--beta", "7"], ["--eval-every", "1"]])
+def test_a_finished_run_is_left_alone_by_resume(more, folder, tmp_path, monkeypatch, capsys):
+    argv = argv_of(folder, tmp_path / "out", "--save-every", 5, "--steps", 2)
     assert train.main(argv) == 0
-    assert end_of(tmp_path / "out") == undisturbed
-    assert train.main([*argv, "--resume"]) == 0
-    assert end_of(tmp_path / "out") == undisturbed
+    before, times = snapshot(tmp_path / "out"), [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))]
+    capsys.readouterr()
+    monkeypatch.setattr(train, "score_pairs", None)
+    assert train.main([*argv, "--resume", *more]) == 0
+    assert f"the run in {tmp_path / 'out'} is finished" in capsys.readouterr().out
+    assert snapshot(tmp_path / "out") == before
+    assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))] == times
+
+
+def test_a_model_that_is_the_input_does_not_look_like_a_finished_run(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = snapshot(tmp_path)
+    argv = argv_of(folder, tmp_path, model=str(tmp_path / "model"))
+    for more in ([], ["--resume"], ["--overwrite"]):
+        code, said = ended([*argv, *more], capsys)
+        assert code == 2 and "which it reads" in said and snapshot(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_resumes_once_it_is_whole(folder, own, undisturbed):
+    """What the tests of refusals rely on: the copy that they spoil continues to the same end."""
+    assert train.main(argv_of(folder, own, "--resume", "--eval-every", 5)) == 0
+    assert end_of(own) == undisturbed
 
 
 def test_what_may_change_on_resume_changes_nothing(folder, undisturbed, tmp_path, monkeypatch, capsys):
@@ -164,7 +261,7 @@ def test_the_reference_comes_from_where_it_came_from_at_first(folder, tmp_path, 
     argv = argv_of(folder, tmp_path / "out")
     assert train.main(argv) == 130
     monkeypatch.undo()
-    seen, original = {}, train.compare
+    seen, original = {}, train.score_pairs
 
     def spy(policy, reference, *rest):
         seen.update(policy=policy, reference=reference)
@@ -184,7 +281,7 @@ def test_the_toy_stopped_and_resumed_says_the_same(step, quick_toy, capsys):
     with pytest.MonkeyPatch.context() as m:
         at_step(m, step, interrupt)
         code, how = ended(argv, capsys)
-    assert code == 130 and "--resume" in how and "out/toy" in how
+    assert code == 130 and how.endswith("--resume") and (quick_toy / "checkpoint.pt").exists()
     assert train.main([*argv, "--resume"]) == 0
     assert capsys.readouterr().out.split("after ")[-1].replace("out/toy", "whole") == said
     assert end_of(quick_toy) == end_of(Path("whole"))
@@ -206,11 +303,147 @@ def test_a_real_run_stopped_and_resumed(step, tmp_path, monkeypatch, capsys):
     assert end_of(tmp_path / "out") == end_of(tmp_path / "whole")
 
 
-def test_a_second_signal_stops_at_once(folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_second_signal_stops_at_once(every, folder, tmp_path, capsys, monkeypatch):
     at_step(monkeypatch, 3, lambda: [interrupt(), interrupt()])
-    code, said = ended(argv_of(folder, tmp_path / "out"), capsys)
+    code, said = ended(argv_of(folder, tmp_path / "out", "--save-every", every), capsys, lines=2)
     assert code == 130 and len(steps_of(read_metrics(tmp_path / "out"))) == 3
-    assert said.endswith("stopped at once")
+    assert "interrupted in step 4" in said and "--resume" in said.splitlines()[1]
+    assert ("continue from the checkpoint of step 2" if every else "no checkpoint was saved (--save-every") in said
+    assert (tmp_path / "out" / "checkpoint.pt").exists() == bool(every)
+
+
+def test_a_second_signal_while_saving_leaves_the_checkpoint_before(folder, undisturbed, tmp_path, capsys):
+    argv = argv_of(folder, tmp_path / "out", "--save-every", 2, "--eval-every", 5)
+    with pytest.MonkeyPatch.context() as m:
+        save = torch.save
+        m.setattr(torch, "save", lambda state, f: interrupt() if state["step"] == 5 else save(state, f))
+        at_step(m, 4, interrupt)
+        code, said = ended(argv, capsys, lines=2)
+    assert code == 130 and "continue from the checkpoint of step 4" in said
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert train.main([*argv, "--resume"]) == 0
+    assert end_of(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["load_pairs", "load_model", "answers", "toy"])
+def test_a_signal_before_training_is_one_line(where, number, folder, tmp_path, capsys, monkeypatch, quick_toy):
+    def act(*args, **more):
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal was not noticed")
+
+    owner = {"load_pairs": support.data, "toy": toy}.get(where, train)
+    monkeypatch.setattr(owner, "make_problem" if where == "toy" else where, act)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    code, said = ended([] if where == "toy" else argv_of(folder, tmp_path / "out"), capsys)
+    assert (code, said) == (130, "train.py: interrupted")
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("saves", [[], ["--save-every", "5"]])
+def test_a_signal_while_the_model_is_written_leaves_a_run_to_resume(saves, folder, undisturbed, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = argv_of(folder, out, "--eval-every", 5, *saves)
+    with pytest.MonkeyPatch.context() as m:
+        save = support.run.save_model
+        m.setattr(support.run, "save_model", lambda *a, **k: [save(*a, **k), interrupt()])
+        code, said = ended(argv, capsys, lines=2)
+    assert code == 130 and "interrupted while the model was written" in said and "--resume" in said.splitlines()[1]
+    assert ("continue from the checkpoint of step 12" if saves else "no checkpoint was saved") in said
+    assert not (out / "model").exists() and not list(out.glob(".*"))
+    assert train.main([*argv, "--resume"]) == 0
+    assert end_of(out) == undisturbed
+
+
+# ---- the command that continues --------------------------------------------------------------------------------------
+
+
+def test_the_printed_command_continues_the_run(folder, undisturbed, tmp_path):
+    """In a process of its own, started as a user would, in a folder with a space; what it prints is run as it is."""
+    out = tmp_path / "a run's folder"
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        "import os, sys, torch, train\n"
+        "torch.set_num_threads(1)\n"
+        "original = train.learning_rate\n"
+        "def learning_rate(step, *rest):\n"
+        "    if step == 3 and '--resume' not in sys.argv: os.kill(os.getpid(), 15)\n"
+        "    return original(step, *rest)\n"
+        "train.learning_rate = learning_rate\n"
+        "sys.modules['matplotlib.figure'] = None\n"
+        "sys.exit(train.main())\n"
+    )
+    root = Path(train.__file__).resolve().parent
+    how = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}}
+    argv = [*argv_of(folder, out, "--eval-every", 5), "--overwrite"]
+    done = subprocess.run([sys.executable, script, *argv], **how)
+    assert done.returncode == 130, done.stderr
+    command = done.stderr.split("continue from the checkpoint of step 4 with:\n")[1].strip()
+    assert command == shlex.join([sys.executable, str(script), *argv[:-1], "--resume"])
+    done = subprocess.run(command, shell=True, cwd=tmp_path, **how)
+    assert done.returncode == 0, done.stderr
+    assert end_of(out) == undisturbed
+
+
+def test_under_torchrun_the_command_is_that_of_the_script(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = resume_command(["--out", "a b", "--resume", "--overwrite", "--model", "m"])
+    assert found == "with the same torchrun as before and:\ntrain.py --out 'a b' --model m --resume"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert (
+        resume_command(["--lr", "1"]) == f"with:\n{shlex.join([sys.executable, 'train.py', '--lr', '1', '--resume'])}"
+    )
+
+
+def test_an_error_after_a_resume_names_the_checkpoint_to_continue_from(folder, own, capsys):
+    with pytest.MonkeyPatch.context() as m:
+        at_micro_batch(m, True, 1, lambda: (_ for _ in ()).throw(ValueError("a bad row")))
+        code, said = ended(argv_of(folder, own, "--resume", "--eval-every", 5), capsys)
+    assert code == 2 and "step 8, " in said and "continue from the checkpoint of step 7 with --resume" in said
+
+
+def test_the_last_step_is_saved_though_it_is_no_multiple(folder, tmp_path):
+    assert train.main(argv_of(folder, tmp_path / "out", "--save-every", 5)) == 0
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 12
+
+
+@pytest.mark.parametrize("left", ["nothing", "no checkpoint", "no checkpoint and no pairs"])
+def test_resume_without_a_checkpoint_starts_from_step_0_and_says_so(left, folder, own, undisturbed, tmp_path, capsys):
+    out = tmp_path / "new" if left == "nothing" else own
+    for name in ("checkpoint.pt", "pairs.npz") if "pairs" in left else ("checkpoint.pt",):
+        (out / name).unlink(missing_ok=True)
+    assert train.main(argv_of(folder, out, "--resume", "--eval-every", 5)) == 0
+    assert f"--resume: {out} has no checkpoint, so the run starts from step 0" in capsys.readouterr().out
+    assert end_of(out) == undisturbed
+
+
+def test_a_kill_while_an_older_run_is_removed_leaves_nothing_that_looks_finished(folder, tmp_path):
+    out, remove, removed = tmp_path / "out", support.run.remove, []
+    assert train.main(argv_of(folder, out, "--steps", 1)) == 0
+    for count in range(1, 6):
+        kept = Path(shutil.copytree(out, tmp_path / f"kept{count}"))
+
+        def die(path, count=count):
+            removed.append(path)
+            if len(removed) == count:
+                raise Killed
+            remove(path)
+
+        removed.clear()
+        with pytest.MonkeyPatch.context() as m, pytest.raises(Killed):
+            m.setattr(support.run, "remove", die)
+            train.main(argv_of(folder, kept, "--overwrite", "--steps", 2))
+        assert (kept / "model").exists() == (count == 1)  # the old run's, which is still all there
+        if count == 1:
+            assert snapshot(kept).items() >= snapshot(out).items()
+    with pytest.MonkeyPatch.context() as m, pytest.raises(Killed):
+        m.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed))
+        train.main(argv_of(folder, out, "--overwrite", "--steps", 2))
+    assert not (out / "model").exists()
+    assert train.main(argv_of(folder, out, "--resume", "--steps", 2)) == 0
+    assert not list(out.glob(".*"))
 
 
 def test_signals_are_given_back_after_training(folder, tmp_path):
@@ -270,11 +503,11 @@ def test_killed_at_100_random_moments(folder, tmp_path):
 
 DURING = {  # the moments of a save that matter; each ends the process as kill -9 does
     "before it": (
-        "orig = train.save_checkpoint\n"
-        "def save(out, step, *rest):\n"
-        "    if step == 6: os.kill(os.getpid(), 9)\n"
-        "    orig(out, step, *rest)\n"
-        "train.save_checkpoint = save"
+        "orig = train.Run.save\n"
+        "def save(self):\n"
+        "    if self.done == 6: os.kill(os.getpid(), 9)\n"
+        "    orig(self)\n"
+        "train.Run.save = save"
     ),
     "half written": (
         "orig = torch.save; n = [0]\n"
@@ -306,6 +539,14 @@ DURING = {  # the moments of a save that matter; each ends the process as kill -
         "    orig(a, b)\n"
         "os.replace = replace"
     ),
+    "the model written, not yet in place": (
+        "from pathlib import Path\n"
+        "orig = Path.replace\n"
+        "def replace(a, b):\n"
+        "    if Path(b).name == 'model': os.kill(os.getpid(), 9)\n"
+        "    return orig(a, b)\n"
+        "Path.replace = replace"
+    ),
 }
 
 
@@ -316,11 +557,12 @@ def test_killed_while_saving_leaves_the_old_or_the_new(moment, folder, undisturb
     code, log = run(argv, tmp_path, before=DURING[moment])
     assert code == -signal.SIGKILL, log
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert state["step"] == {"in place": 6, "the model half written": 12}.get(moment, 3)
+    assert state["step"] == (12 if "model" in moment else 6 if moment == "in place" else 3)
+    assert not (out / "model").exists()
     assert train.main([*argv, "--resume"]) == 0
     assert end_of(out) == undisturbed
     left = {path.name for path in out.iterdir()}
-    assert left == {"checkpoint.pt", "metrics.jsonl", "model", "flags.json"}, (
+    assert left == {"checkpoint.pt", "metrics.jsonl", "model", "flags.json", "pairs.npz"}, (
         "a killed save's leftovers are cleared away"
     )
 
@@ -335,7 +577,7 @@ def stopped(folder):
     with pytest.MonkeyPatch.context() as m:
         torch.set_num_threads(1)
         m.setitem(sys.modules, "matplotlib.figure", None)
-        at_step(m, 5, interrupt)
+        at_step(m, 6, interrupt)
         assert train.main(argv_of(folder, out, "--eval-every", 5)) == 130
     return out
 
@@ -364,12 +606,20 @@ OTHER = {
 }
 
 
+THERE = {  # of `stopped`
+    **{"beta": 0.1, "epsilon": 0.05, "epsilon-check": 0.05, "epsilon-step": 0.05, "lr": 0.01, "warmup": 0.1},
+    **{"batch-size": 8, "epochs": 3, "steps": None, "clip": 1.0, "weight-decay": 0.0, "dtype": "float32", "seed": 0},
+    "max-length": 2048,
+}
+
+
 @pytest.mark.parametrize("flag", OTHER)
 def test_other_flags_are_refused_and_nothing_is_touched(flag, folder, own, capsys):
     before = snapshot(own)
     code, said = ended(argv_of(folder, own, "--resume", "--eval-every", 5, f"--{flag}", OTHER[flag]), capsys)
-    assert code == 2 and "checkpoint.pt" in said
-    assert re.search({"epsilon": r"epsilon.(check|step)"}.get(flag, flag.replace("-", ".")), said), said
+    assert code == 2 and ("pairs.npz" if flag == "max-length" else "checkpoint.pt") in said
+    name = {"epsilon": "epsilon_check"}.get(flag, flag.replace("-", "_"))
+    assert f"{name} was {THERE[flag]} there, is {OTHER[flag].replace('2e-2', '0.02')} here" in said, said
     assert snapshot(own) == before
 
 
@@ -389,13 +639,24 @@ def test_other_data_or_another_model_is_refused_and_nothing_is_touched(folder, o
         (argv_of(folder, own, "--resume", data=str(moved)), "data"),
         (argv_of(folder, own, "--resume", data=str(one_token)), "data"),
         (argv_of(folder, own, "--resume", data=str(shuffled)), "data"),
-        (argv_of(folder, own, "--resume", "--eval-data", held), "data"),
-        (argv_of(folder, own, "--resume", model="other"), "model"),
-        (argv_of(folder, own, "--resume", model="tied"), "model"),
+        (argv_of(folder, own, "--resume", "--eval-data", held), "eval_data"),
+        (argv_of(folder, own, "--resume", model="other"), "the model"),
+        (argv_of(folder, own, "--resume", model="tied"), "the model"),
     ):
+        file = "checkpoint.pt" if "model" in named else "pairs.npz"
         code, said = ended(argv, capsys)
-        assert code == 2 and "checkpoint.pt" in said and named in said, said
+        assert code == 2 and file in said and re.search(rf"{named} was .*sha256 .* there, is .*sha256 .* here", said), (
+            said
+        )
         assert snapshot(own) == before
+        if file == "pairs.npz":  # a run that lost its pairs: the checkpoint knows them too
+            (own / "pairs.npz").rename(tmp_path / "pairs.npz")
+            code, said = ended(argv, capsys)
+            assert (
+                code == 2 and "checkpoint.pt" in said and re.search(r"the (training|held-out) pairs was sha256 ", said)
+            )
+            (tmp_path / "pairs.npz").rename(own / "pairs.npz")
+            assert snapshot(own) == before
 
 
 def test_held_out_pairs_and_others_do_not_change_places(folder, tmp_path, monkeypatch, capsys):
@@ -411,12 +672,12 @@ def test_held_out_pairs_and_others_do_not_change_places(folder, tmp_path, monkey
 
 def test_models_are_told_apart_by_either_end_of_any_shard(folder, tmp_path):
     model = Path(shutil.copytree(folder / "model", tmp_path / "model"))
-    who = [train.identity(train.Flags(model=str(model), data=("x",), out="x"), [], [])["the model"]]
+    who = [fingerprint(train.Flags(model=str(model), data=("x",), out="x"), [], [])["the model"]]
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
         content = bytearray(3 << 20)
         for at in (0, -1, 0):
             (model / name).write_bytes(content)
-            who.append(train.identity(train.Flags(model=str(model), data=("x",), out="x"), [], [])["the model"])
+            who.append(fingerprint(train.Flags(model=str(model), data=("x",), out="x"), [], [])["the model"])
             content[at] ^= 1
     assert len(set(who)) == len(who) == 7
 
@@ -427,18 +688,13 @@ def test_the_same_weights_under_another_config_are_another_model(folder, own, tm
     (twisted / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
     before = snapshot(own)
     code, said = ended(argv_of(folder, own, "--resume", model=str(twisted)), capsys)
-    assert code == 2 and "model" in said and snapshot(own) == before
+    assert code == 2 and "the model was sha256" in said and snapshot(own) == before
 
 
 def test_the_toy_does_not_go_on_with_a_real_run(own, quick_toy, capsys):
     before = snapshot(own)
     code, said = ended(["--resume", "--out", own, "--eval-size", "8", "--batch-size", "32"], capsys)
     assert code == 2 and "checkpoint.pt" in said and snapshot(own) == before
-
-
-def test_resume_of_nothing_is_refused(folder, tmp_path, capsys):
-    code, said = ended(argv_of(folder, tmp_path / "out", "--resume"), capsys)
-    assert code == 2 and "--resume" in said and str(tmp_path / "out") in said and not (tmp_path / "out").exists()
 
 
 class Evil:
@@ -491,7 +747,7 @@ def test_a_checkpoint_of_something_else_is_one_clear_error(folder, own, capsys):
         "a tensor": torch.ones(3),
         "code": {"step": Evil()},
         "no weights": {k: v for k, v in state.items() if k != "weights"},
-        "no identity": {k: v for k, v in state.items() if k != "identity"},
+        "no fingerprint": {k: v for k, v in state.items() if k != "fingerprint"},
         "no method": {k: v for k, v in state.items() if k != "method"},
         "no step": {k: v for k, v in state.items() if k != "step"},
         "metrics that are none": state | {"metrics": "[{]"},
@@ -562,10 +818,13 @@ def mounted(tmp_path):
 
 @pytest.mark.parametrize("saves, each", [([], 4), (["--save-every", "2"], 28)])  # bytes of a parameter
 def test_what_a_run_needs_of_the_disk_counts_what_it_replaces(saves, each, folder, tmp_path, monkeypatch, capsys):
-    out, need = tmp_path / "out", each * train.count(load_model(folder / "model"))
+    out, need = tmp_path / "out", each * sum(p.numel() for p in load_model(folder / "model").parameters())
+
+    need += pairs_file_size(pairs_of([*id_rows(31), *id_rows(7, seed=1)]))
 
     def usage(path):
-        used = sum(x.stat().st_size for x in (out / "checkpoint.pt", out / "model/model.safetensors") if x.exists())
+        replaced = (out / "checkpoint.pt", out / "pairs.npz", out / "model/model.safetensors")
+        used = sum(x.stat().st_size for x in replaced if x.exists())
         return shutil._ntuple_diskusage(0, 0, room - used)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
@@ -609,42 +868,69 @@ def test_flags_json_is_that_of_the_run_that_lies_there(folder, own, tmp_path):
     assert train.main(argv_of(folder, out, "--steps", 1, "--resume", "--lr", 3e-3, "--save-every", 1)) == 0
     assert lr() == 3e-3
     (out / "flags.json").unlink()
+    shutil.rmtree(out / "model")
     assert train.main(argv_of(folder, out, "--steps", 1, "--resume", "--lr", 3e-3)) == 0 and lr() == 3e-3
 
 
 class Words:
-    """What `real_job` asks of a tokenizer, for rows of token ids."""
+    """What `checkpoint_job` asks of a tokenizer, for rows of token ids."""
 
     bos_length = staticmethod(lambda ids: 0)
     decode = staticmethod(lambda ids: " ".join(map(str, ids)))
 
 
-def test_a_resumed_run_keeps_its_flags_date_and_ends_answers_as_the_data_do(folder, own, tmp_path, monkeypatch):
-    model, words, ends = Path(shutil.copytree(folder / "model", tmp_path / "model")), Words(), set()
+def test_a_resumed_run_keeps_its_flags_and_ends_answers_as_the_data_do(folder, own, tmp_path, monkeypatch):
+    model, ends = Path(shutil.copytree(folder / "model", tmp_path / "model")), set()
     (model / "tokenizer.json").write_text("{}")
     os.utime(own / "flags.json", (1e9, 1e9))
-    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: words)
+    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: Words())
     generate = GPT.generate
     monkeypatch.setattr(GPT, "generate", lambda *a, eos, **k: ends.add(eos) or generate(*a, eos=eos, **k))
     before = (own / "flags.json").read_bytes()
     argv = argv_of(folder, own, "--resume", "--eval-every", 4, "--samples", 1, model=str(model))
     assert train.main(argv) == 0
-    assert words.now.timestamp() == 1e9 == (own / "flags.json").stat().st_mtime
-    assert (own / "flags.json").read_bytes() == before
+    assert (own / "flags.json").stat().st_mtime == 1e9 and (own / "flags.json").read_bytes() == before
     lasts = [json.loads(line)["chosen"][-1] for line in (folder / "ids.jsonl").read_text().splitlines()]
     assert len(ends) == 1 and lasts.count(*ends) == max(map(lasts.count, lasts))
 
 
-def test_a_run_that_starts_again_before_its_first_checkpoint_takes_the_new_date(folder, own, tmp_path, monkeypatch):
-    model, words = Path(shutil.copytree(folder / "model", tmp_path / "model")), Words()
+@pytest.mark.parametrize("plot", [True, False])
+def test_a_real_run_ends_in_a_table_answers_and_what_was_written(plot, folder, tmp_path, monkeypatch, capsys):
+    model = Path(shutil.copytree(folder / "model", tmp_path / "model"))
     (model / "tokenizer.json").write_text("{}")
-    (own / "checkpoint.pt").unlink()
-    flags = json.loads((own / "flags.json").read_text())
-    (own / "flags.json").write_text(json.dumps(flags | {"save_every": 1}))
-    os.utime(own / "flags.json", (1e9, 1e9))
-    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: words)
-    assert train.main(argv_of(folder, own, "--resume", "--steps", 1, "--samples", 0, model=str(model))) == 0
-    assert not hasattr(words, "now") and (own / "flags.json").stat().st_mtime > 1e9
+    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: Words())
+    drawn = []
+    monkeypatch.setattr(support.run, "draw", lambda lines, path: drawn.append((lines, path)) or plot)
+    out = tmp_path / "out"
+    methods, after_step = [], train.EpsDPO.after_step
+    monkeypatch.setattr(train.EpsDPO, "after_step", lambda self, *a: methods.append(self) or after_step(self, *a))
+    assert train.main(argv_of(folder, out, "--samples", 2, model=str(model))) == 0
+    said, lines = capsys.readouterr().out, read_metrics(out)
+    first, last = (x for x in lines if "eval/loss" in x)
+    for name, key in (
+        *(("accuracy", "rewards/accuracies"), ("reward margin", "rewards/margins"), ("loss", "loss"), ("KL", "kl")),
+    ):
+        a, b = first[f"eval/{key}"], last[f"eval/{key}"]
+        assert re.search(rf"^held-out {name} +{a:.4f} +{b:.4f}$", said, re.M), name
+    assert re.search(rf"^β +{0.1:.4f} +{methods[-1].beta:.4f}$", said, re.M)
+    assert methods[-1].beta != steps_of(lines)[-1]["beta"]
+    rows = [json.loads(line) for line in (folder / "held.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        text = {key: " ".join(map(str, row[key])) for key in ("prompt", "chosen")}
+        assert f"\nprompt:  {text['prompt']}\nchosen:  {text['chosen']}\nbefore:  " in said
+    before, after = (re.findall(rf"^{when}: +(.*)$", said, re.M) for when in ("before", "after"))
+    for found, weights in ((before, model), (after, out / "model")):
+        wanted = load_model(weights).generate([row["prompt"] for row in rows[:2]], 64, eos=eos_of(folder))
+        assert found == [" ".join(map(str, ids)) for ids in wanted]
+    assert before != after
+    assert f"wrote {out}: " in said and "model/ (loads in transformers), metrics.jsonl" in said
+    assert ("run.svg" in said) == plot and ("pip install -e '.[plot]'" in said) != plot
+    assert [path for _, path in drawn] == [out / "run.svg"]
+
+
+def eos_of(folder: Path) -> int:
+    lasts = [json.loads(line)["chosen"][-1] for line in (folder / "ids.jsonl").read_text().splitlines()]
+    return max(dict.fromkeys(lasts), key=lasts.count)
 
 
 def test_a_disk_too_small_is_refused_before_training_time_is_spent(folder, mounted, capsys):

@@ -900,6 +900,7 @@ def test_held_out_pairs_are_not_trained_on_and_the_same_for_every_seed(size, hel
 
     def note(policy, reference, pairs, flags, eval_pairs, run):
         seen.append([[pair.line for pair in some] for some in (pairs, eval_pairs)])
+        run.method = train.EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
         return [{"beta": 0.01}]
 
     monkeypatch.setattr(train, "train", note)
