@@ -50,8 +50,8 @@ def memory_gb(device: torch.device) -> dict[str, float]:
         import resource
     except ImportError:
         return {}
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes on macOS, kilobytes on Linux
-    return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux units of 1024 bytes
+    return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def keep_freed_memory() -> None:

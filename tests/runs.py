@@ -20,6 +20,8 @@ import torch
 
 import train
 from model import GPT
+from support import cached_reference, device, report
+from support import run as support_run
 from support.checkpoint import resolve
 from support.rows import Pair
 
@@ -50,6 +52,17 @@ def nudged(model: GPT, scale: float = 0.02, seed: int = 3) -> GPT:
         for p in model.parameters():
             p.add_(scale * torch.randn(p.shape, generator=dice, dtype=torch.float64).to(p.dtype))
     return model
+
+
+def two_models(dtype=torch.float32, **options) -> tuple[GPT, GPT]:
+    return tiny_model(**options).to(dtype), tiny_model(**options).to(dtype)
+
+
+def pretend(monkeypatch, rank: int, world: int) -> None:
+    """Answer `rank_and_world` with these numbers, in every module that asks."""
+    for module in (train, cached_reference, device, report, support_run):
+        if hasattr(module, "rank_and_world"):
+            monkeypatch.setattr(module, "rank_and_world", lambda: (rank, world))
 
 
 def id_rows(n: int, seed: int = 0, vocab: int = VOCAB, longest: int = 8) -> list[dict]:
@@ -203,6 +216,7 @@ def run_many(argv, folder: Path, world: int = 2, before: dict[int, str] | None =
 def argv_of(folder: Path, out: Path | None, *more, model: str = "model", data: str = "ids.jsonl") -> list[str]:
     """A real run of 3 epochs of 4 steps, the last of them of 7 pairs, in micro-batches of two pairs or so."""
     argv = ["--model", folder / model, "--data", folder / data, *(["--out", out] if out else [])]
-    argv += ["--eval-data", folder / "held.jsonl", "--epochs", 3, "--batch-size", 8, "--micro-tokens", 40]
+    argv += ["--eval-data", folder / "held.jsonl", "--batch-size", 8, "--micro-tokens", 40]
+    argv += [] if "--steps" in more else ["--epochs", 3]
     argv += ["--lr", 1e-2, "--beta", 0.1, "--epsilon", 0.05, *more]
     return [str(a) for a in argv]

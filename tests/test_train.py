@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import dataclasses
-import io
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,10 +20,12 @@ from hypothesis import strategies as st
 
 import train
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
-from model import GPT, Config
+from model import GPT
 from support import toy
-from support.checkpoint import load_model, load_safetensors, resolve, save_model
-from support.rows import Pair, collate, epoch_order, row_length
+from support.checkpoint import load_model, load_safetensors, save_model
+from support.device import my_micro_batches
+from support.rows import collate, row_length
+from support.run import Run
 from tests.runs import (
     CHECKPOINT,
     VOCAB,
@@ -44,16 +41,12 @@ from tests.runs import (
     snapshot,
     steps_of,
     tiny_model,
+    two_models,
     write_rows,
 )
 
 pytestmark = pytest.mark.usefixtures("alone")
-FORECAST = train.forecast  # `alone` puts something quicker in its place
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-
-
-def two_models(dtype=torch.float32, **options) -> tuple[GPT, GPT]:
-    return tiny_model(**options).to(dtype), tiny_model(**options).to(dtype)
 
 
 # ---- the whole step, written apart: plain sequences, textbook formulas, an optimizer by hand -------------------------
@@ -179,7 +172,7 @@ def test_one_forward_of_each_model_per_micro_batch_whatever_epsilon(epsilon, dty
 
 def assert_nothing_has_moved(policy, reference, pairs, dtype, **given):
     flags = flags_of(steps=1, batch_size=len(pairs), dtype=dtype, **given)
-    for group in train.my_share(pairs, flags.micro_tokens):
+    for group in my_micro_batches(pairs, flags.micro_tokens):
         with torch.no_grad():
             sums = train.score_pairs(policy, reference, collate(group), flags.epsilon_check, dtype)
         for stats in sums:
@@ -201,16 +194,9 @@ def test_step_0_is_exactly_zero(dtype, options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_step_0_is_exactly_zero_on_the_toy(dtype):
-    torch.manual_seed(0)
-    world, reference = toy.World(), GPT(Config(**train.TOY_MODEL))
-    toy.fit_reference(reference, world, steps=5)
-    sample = toy.sample_pairs(world.list_logps(reference), world.reward, 64, train.TOY_SCALE, 0)
-    pairs = [
-        train.Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l), "toy", i)
-        for i, (x, w, l) in enumerate(zip(*(column.tolist() for column in sample)), 1)
-    ]
-    assert_nothing_has_moved(copy.deepcopy(reference), reference, pairs, dtype, beta=0.5)
+def test_step_0_is_exactly_zero_on_the_toy(dtype, quick_toy):
+    problem = toy.make_problem(pairs=64, eval_pairs=0)
+    assert_nothing_has_moved(copy.deepcopy(problem.reference), problem.reference, problem.pairs, dtype, beta=0.5)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +234,7 @@ def recorded_gradients(monkeypatch) -> list[list[torch.Tensor]]:
 def test_every_split_of_a_batch_is_the_same_step(dtype, monkeypatch):
     pairs, found = three_pairs(), {}
     for name, tokens in SPLITS.items():
-        assert sorted(len(g) for g in train.my_share(pairs, tokens)) == sorted(map(int, name.split("+")))
+        assert sorted(len(g) for g in my_micro_batches(pairs, tokens)) == sorted(map(int, name.split("+")))
         gradients = recorded_gradients(monkeypatch)
         reference = tiny_model().to(dtype)
         lines = train.train(nudged(reference), reference, pairs, flags_of(steps=3, batch_size=3, micro_tokens=tokens))
@@ -392,7 +378,7 @@ def test_the_loop_counts_the_schedule_in_optimizer_steps(monkeypatch):
 
 def watched(monkeypatch) -> dict:
     """The models, pairs and optimizer of a run through the command line."""
-    seen, original, optimizer = {}, train.train, torch.optim.AdamW
+    seen, original, optimizer = {}, train.train, train.AdamW
 
     def spy(policy, reference, pairs, *args, **kwargs):
         seen.update(policy=policy, reference=reference, pairs=pairs, first=copy.deepcopy(reference))
@@ -403,7 +389,7 @@ def watched(monkeypatch) -> dict:
         return seen["optimizer"]
 
     monkeypatch.setattr(train, "train", spy)
-    monkeypatch.setattr(torch.optim, "AdamW", make)
+    monkeypatch.setattr(train, "AdamW", make)
     return seen
 
 
@@ -445,12 +431,6 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_bit(dtype):
         found.append((policy, [line["loss"] for line in lines], calls))
     assert same_bits(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert found[1][2]["layer 0"] == 2 * found[0][2]["layer 0"] and found[1][2]["model"] == found[0][2]["model"]
-
-
-def test_where_malloc_is_another_nothing_happens(monkeypatch):
-    for other in (lambda _: object(), ctypes.CDLL):
-        monkeypatch.setattr(train.ctypes, "CDLL", other)
-        train.keep_freed_memory()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -496,14 +476,14 @@ class Loud(train.EpsDPO):
 @pytest.mark.parametrize("beta, kind", [(1e-7, train.EpsDPO), (0.1, train.EpsDPO), (1e4, train.EpsDPO), (0.1, Loud)])
 def test_float16_gradients_neither_vanish_nor_overflow(beta, kind, monkeypatch):
     seen, scales = {}, []
-    accumulate, clip = train.accumulate, torch.nn.utils.clip_grad_norm_
+    run_batch, clip = train.run_batch, torch.nn.utils.clip_grad_norm_
 
     def clipped(parameters, norm):
         parameters = list(parameters)
         seen[dtype] = [p.grad.clone() for p in parameters]
         return clip(parameters, norm)
 
-    monkeypatch.setattr(train, "accumulate", lambda *args: scales.append(args[5]) or accumulate(*args))
+    monkeypatch.setattr(train, "run_batch", lambda *args: scales.append(args[6]) or run_batch(*args))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     for dtype in ("float32", "float16"):
         flags, method = flags_of(dtype=dtype, steps=1), kind(beta, 0.01, 0.01)
@@ -517,8 +497,8 @@ def test_float16_gradients_neither_vanish_nor_overflow(beta, kind, monkeypatch):
 
 @pytest.mark.parametrize("what, tries", [("gradient", 6), ("loss", 1)])
 def test_what_no_loss_scale_can_mend_is_an_error_before_the_optimizer_step(what, tries, monkeypatch):
-    calls, accumulate, loss = [], train.accumulate, train.EpsDPO.loss
-    monkeypatch.setattr(train, "accumulate", lambda *args: calls.append(1) or accumulate(*args))
+    calls, run_batch, loss = [], train.run_batch, train.EpsDPO.loss
+    monkeypatch.setattr(train, "run_batch", lambda *args: calls.append(1) or run_batch(*args))
     policy, reference = two_models()
     before = copy.deepcopy(policy)
     if what == "gradient":
@@ -533,12 +513,6 @@ def test_what_no_loss_scale_can_mend_is_an_error_before_the_optimizer_step(what,
     with pytest.raises(ValueError, match=r"step 1, rows ids:\d.*float16 overflows above 65504"):
         train.train(policy, reference, pairs_of(id_rows(4)), flags_of(dtype="float16"))
     assert len(calls) == tries and same_bits(policy, before)
-
-
-def test_a_loss_scale_is_a_float32_whatever_beta_is():
-    for beta in (1e-320, 1e-3, 1e300):
-        scales = train.loss_scales("float16", 64 / beta)
-        assert all(2.0**-126 < scale < 2.0**127 for scale in scales) and scales == sorted(scales, reverse=True)
 
 
 # ---- what is not finite ----------------------------------------------------------------------------------------------
@@ -566,20 +540,20 @@ def test_what_is_not_finite_stops_before_the_optimizer_step(what, bad, tmp_path)
     pairs = pairs_of(id_rows(12))
     flags = flags_of(save_every=1, micro_tokens=1000)
     undisturbed, reference = two_models()
-    train.train(undisturbed, reference, pairs, flags_of(steps=2, save_every=1, micro_tokens=1000, epochs=1), out=None)
+    train.train(undisturbed, reference, pairs, flags_of(steps=2, save_every=1, micro_tokens=1000, epochs=1))
     policy = tiny_model()
     poison(policy, 3, what, bad)
     saved = {}
-    original = train.save_checkpoint
+    original = Run.save
 
-    def save(out, step, *rest):
-        original(out, step, *rest)
-        saved[step] = (out / "checkpoint.pt").read_bytes()
+    def save(self):
+        original(self)
+        saved[self.done] = (tmp_path / "checkpoint.pt").read_bytes()
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "save_checkpoint", save)
+        m.setattr(Run, "save", save)
         with pytest.raises(ValueError, match="step 3") as error:
-            train.train(policy, reference, pairs, flags, out=tmp_path)
+            train.train(policy, reference, pairs, flags, run=Run(tmp_path, flags))
     rows = re.findall(r"ids:(\d+)", str(error.value))
     third = {pairs[i].line for i in train.epoch_order(12, 0, 0)[8:12]}
     assert rows and set(map(int, rows)) <= third and "step 2" in str(error.value)
@@ -597,8 +571,9 @@ def test_the_rows_that_are_to_blame_are_named(tmp_path):
     with torch.no_grad():
         policy.model.embed_tokens.weight[VOCAB - 1] = math.nan
         policy.lm_head.weight[VOCAB - 1] = 0.0
+    flags = flags_of(batch_size=16, micro_tokens=40)
     with pytest.raises(ValueError, match="ids:7[^0-9]") as error:
-        train.train(policy, reference, pairs_of(rows), flags_of(batch_size=16, micro_tokens=40), out=tmp_path)
+        train.train(policy, reference, pairs_of(rows), flags, run=Run(tmp_path, flags))
     assert "step 1" in str(error.value) and "no checkpoint" in str(error.value)
     assert not (tmp_path / "checkpoint.pt").exists() and read_metrics(tmp_path) == []
 
@@ -690,14 +665,14 @@ def test_an_all_zero_first_gradient_is_a_warning_that_names_the_causes(capsys):
 
 def orders(monkeypatch, n: int, **given) -> list[list[int]]:
     """The lines of the pairs that each step got."""
-    seen, original = [], train.my_share
+    seen, original = [], train.my_micro_batches
 
     def spy(pairs, tokens):
         seen.append([pair.line for pair in pairs])
         return original(pairs, tokens)
 
     with monkeypatch.context() as m:
-        m.setattr(train, "my_share", spy)
+        m.setattr(train, "my_micro_batches", spy)
         train.train(*two_models(), pairs_of(id_rows(n)), flags_of(**given))
     return seen
 
@@ -774,8 +749,7 @@ def test_equal_margins_have_no_spread():
     """Their mean square less their squared mean is -1.7e-18 here."""
     sums = {"rewards/accuracies": 3.0, "rewards/margins": 3 * 0.1, "margin_squares": 3 * 0.1**2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "accumulate", lambda *_: [])
-        patch.setattr(train, "add_up", lambda *_: (sums, 0.0))
+        patch.setattr(train, "run_batch", lambda *_: (sums, torch.zeros(3)))
         found = train.evaluate(*two_models(), three_pairs(), train.EpsDPO(0.1, 0.0, 0.0), flags_of())
     assert sums["margin_squares"] / 3 < (sums["rewards/margins"] / 3) ** 2
     assert found["eval/rewards/margins_se"] == 0.0
@@ -783,90 +757,10 @@ def test_equal_margins_have_no_spread():
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-BAD = {  # flag: values that are refused at once
-    "beta": ["0", "-0.1", "nan", "inf", "x", ""],
-    "epsilon": ["1", "-0.01", "nan", "inf", "0.7", "x"],
-    "epsilon-check": ["1", "1.5", "-1e-9", "nan", "x"],
-    "epsilon-step": ["0.51", "-0.1", "nan", "inf", "x"],
-    "lr": ["0", "-1", "nan", "inf", "x"],
-    "warmup": ["-0.1", "1.1", "nan", "x"],
-    "batch-size": ["0", "-1", "1.5", "nan", "x"],
-    "epochs": ["0", "-1", "0.5"],
-    "steps": ["0", "-1", "1.5", "1" + "0" * 400],
-    "micro-tokens": ["0", "-5", "x"],
-    "clip": ["0", "-1", "nan", "x"],
-    "weight-decay": ["-0.1", "nan", "inf", "x"],
-    "max-length": ["0", "-1", "1", "x"],
-    "max-prompt-length": ["0", "-1", "2048", "9999", "x"],
-    "dtype": ["float8", "fp32", ""],
-    "device": ["mps", "gpu", "cpu:x", "cuda:99", ""],
-    "seed": ["-1", "1.5", "x", "99999999999999999999999"],
-    "eval-size": ["-1", "x"],
-    "eval-every": ["-1", "x"],
-    "save-every": ["-1", "x"],
-    "samples": ["-1", "x"],
-    "show": ["-1", "x"],
-    "no-such-flag": ["1"],
-}
-
-
-@pytest.mark.parametrize("flag, value", [(flag, value) for flag, values in BAD.items() for value in values])
-def test_a_bad_flag_is_one_line_that_names_it(flag, value, folder, tmp_path, capsys):
-    code, said = ended([*argv_of(folder, tmp_path / "out"), f"--{flag}", value], capsys)
-    assert code == 2
-    assert re.search(rf"--{flag}(?![\w-])", said), said
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "argv, named",
-    [
-        (["--model", "x"], "--data"),
-        (["--data", "x"], "--model"),
-        (["--model", "x", "--data", "y"], "--out"),
-        (["--resume", "--overwrite"], "--overwrite"),
-    ],
-)
-def test_flags_that_need_one_another(argv, named, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, said = ended(argv, capsys)
-    assert code == 2 and named in said and not list(tmp_path.iterdir())
-
-
-def test_memory_that_a_cpu_has_not_is_one_line(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "score_pairs", lambda *_: torch.empty(10**16))
-    code, said = ended(argv_of(folder, tmp_path / "out"), capsys)
-    assert code == 2 and "out of memory" in said and "--micro-tokens" in said
-    monkeypatch.setattr(train, "score_pairs", lambda *_: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError):  # a fault of the program is not a user's
-        train.main(argv_of(folder, tmp_path / "out", "--overwrite"))
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_a_terminal_without_greek_is_no_reason_to_stop(encoding, folder, tmp_path, monkeypatch):
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
-    monkeypatch.setattr(sys, "stdout", streams[0])
-    monkeypatch.setattr(sys, "stderr", streams[1])
-    assert train.main(argv_of(folder, tmp_path / "out", "--steps", 1)) == 0
-    with pytest.raises(SystemExit) as left:
-        train.main(["--help"])
-    assert left.value.code == 0
-
 
 def test_training_on_nothing_is_refused():
     with pytest.raises(ValueError, match="no pairs"):
         train.train(*two_models(), [], flags_of(steps=2))
-
-
-def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    code, said = ended(argv_of(folder, out, "--save-every", 1, "--lr", "1e300"), capsys)
-    assert (
-        code == 2
-        and "not finite" in said
-        and "no checkpoint was saved" in said
-        and not (out / "checkpoint.pt").exists()
-    )
 
 
 def test_what_is_not_there_is_named(folder, tmp_path, capsys):
@@ -891,25 +785,6 @@ def test_ids_outside_the_vocabulary_are_an_error_before_training(folder, tmp_pat
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_help_says_what_a_newcomer_must_know(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert all(f"--{name.replace('_', '-')}" in said for name in vars(flags_of()))
-    plain = " ".join(said.split())
-    assert re.search(r"ε (times|·) the number of steps|ε · steps", plain) and "1 to 5" in plain
-    assert re.search(r"--epsilon X.{0,80}0\.01|\[0\.01\]", plain)
-
-
-def test_defaults_are_those_of_the_job():
-    toy_flags, real_flags = train.parse_flags([]), train.parse_flags(["--model", "m", "--data", "d", "--out", "o"])
-    assert (toy_flags.beta, toy_flags.lr, toy_flags.batch_size) == (0.5, 1e-3, 64)
-    assert (real_flags.beta, real_flags.lr, real_flags.batch_size) == (0.01, 7e-7, 128)
-    one = train.parse_flags(["--epsilon", "0.2", "--epsilon-step", "0"])
-    assert (one.epsilon_check, one.epsilon_step) == (0.2, 0.0)
-
-
 def test_show_prints_pairs_and_stops(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", None)
     monkeypatch.chdir(tmp_path)
@@ -919,13 +794,6 @@ def test_show_prints_pairs_and_stops(folder, tmp_path, capsys, monkeypatch):
     assert said.count("⟦seam⟧") == 3 and "ids.jsonl:3" in said and "⟦end⟧" in said
     assert train.main([str(a) for a in [*argv, "--out", tmp_path / "out"]]) == 0
     assert not list(tmp_path.iterdir())
-
-
-def test_a_torch_whose_fsdp_needs_gpus_says_so(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.cpu, "Stream", object)
-    code, err = ended(["--device", "cpu"], capsys)
-    assert code == 2 and f"torch {torch.__version__} runs on GPUs alone" in err
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -950,60 +818,6 @@ def test_the_saved_model_opens_in_transformers_with_the_same_logits(folder, tmp_
     assert same_bits(load_model(tmp_path / "out/model"), seen["policy"])
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert train.main(argv_of(folder, out, "--save-every", 5)) == 0
-    before = snapshot(out)
-    for kept in ("metrics.jsonl", "checkpoint.pt", "model"):
-        for other in {"metrics.jsonl", "checkpoint.pt", "model"} - {kept}:
-            assert (out / other).exists()
-        code, said = ended(argv_of(folder, out), capsys)
-        assert code == 2 and "--resume" in said and "--overwrite" in said and str(out) in said
-        assert snapshot(out) == before
-    assert train.main(argv_of(folder, out, "--overwrite", "--steps", 2)) == 0
-    assert [line["step"] for line in steps_of(read_metrics(out))] == [1, 2]
-    assert not (out / "checkpoint.pt").exists()
-
-
-def test_a_figure_is_left_where_matplotlib_is(folder, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    assert train.main(argv_of(folder, out, "--steps", 2)) == 0  # matplotlib cannot be imported: see `alone`
-    assert not (out / "run.svg").exists() and (out / "model/model.safetensors").exists()
-    monkeypatch.delitem(sys.modules, "matplotlib.figure")
-    pytest.importorskip("matplotlib.figure")
-    assert train.main(argv_of(folder, out, "--steps", 2, "--overwrite")) == 0
-    assert (out / "run.svg").read_text().count("<svg") == 1
-
-
-@pytest.mark.parametrize("batch_size, steps", [(8, 12), (30, 6), (31, 3), (99, 3)])
-def test_what_is_coming_is_said_before_any_time_is_spent(batch_size, steps):
-    pairs = pairs_of(id_rows(31))
-    said = FORECAST(tiny_model(), pairs, flags_of(batch_size=batch_size, epochs=3))
-    assert f"{steps} steps of {batch_size} pairs" in said and "GB" in said and "hours" in said
-    tokens = int(re.search(r"about ([0-9,]+) tokens", said)[1].replace(",", ""))
-    assert tokens == pytest.approx(3 * sum(map(row_length, pairs)), rel=0.01)
-
-
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 90))
-def test_pairs_seen_are_those_of_the_batches(pairs, batch_size, steps):
-    an_epoch = [min(batch_size, pairs - at) for at in range(0, pairs, batch_size)]
-    assert train.pairs_seen(steps, pairs, batch_size) == sum(an_epoch[i % len(an_epoch)] for i in range(steps))
-
-
-def test_the_toy_replaces_its_own_run_and_nothing_else(quick_toy, folder, capsys):
-    few = ["--eval-size", "8", "--batch-size", "32"]
-    assert train.main([*few, "--steps", "3", "--save-every", "1"]) == 0
-    assert train.main([*few, "--steps", "2"]) == 0
-    assert [line["step"] for line in steps_of(read_metrics(quick_toy))] == [1, 2]
-    assert not (quick_toy / "checkpoint.pt").exists()
-    code, said = ended([*few, "--out", quick_toy], capsys)  # an --out that was given is another matter
-    assert code == 2 and "--overwrite" in said
-    assert train.main(argv_of(folder, quick_toy, "--overwrite", "--steps", 1)) == 0
-    before = snapshot(quick_toy)
-    code, said = ended(few, capsys)  # a run on real data lies there now
-    assert code == 2 and snapshot(quick_toy) == before
-
-
 def test_a_toy_that_has_not_moved_says_so(quick_toy, capsys):
     assert train.main(["--eval-size", "8", "--batch-size", "32", "--steps", "1", "--lr", "1e-12"]) == 0
     said = capsys.readouterr().out
@@ -1021,14 +835,6 @@ def test_the_toys_dpo_is_the_run_without_a_step_of_beta(quick_toy, capsys):
     assert (
         usual["optimum π*"] == plain["optimum π*"] and usual["optimum π*"][-1] == "0.000"
     )  # that of the β at the start
-
-
-def test_the_toy_does_not_delete_what_is_not_a_run_of_its_own(quick_toy, capsys):
-    (quick_toy / "model").mkdir(parents=True)
-    (quick_toy / "model" / "thesis.txt").write_text("years of work")
-    code, said = ended(["--eval-size", "8", "--batch-size", "32", "--steps", "1"], capsys)
-    assert (quick_toy / "model" / "thesis.txt").read_text() == "years of work"
-    assert code == 2 and "--overwrite" in said
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
@@ -1088,31 +894,16 @@ def test_a_real_run(name, dtype, tmp_path, capsys):
     assert (tmp_path / "out/model/tokenizer.json").exists() and not same_bits(before, after)
 
 
-def test_a_run_does_not_replace_what_it_reads(folder, tmp_path, capsys):
-    out = tmp_path / "run"
-    save_model(load_model(folder / "model"), out / "model")
-    data = str(folder / "ids.jsonl")
-    inside = write_rows(out / "model" / "ids.jsonl", id_rows(9))
-    for model, files in (
-        (out / "model", [data]),
-        (folder / "model", [inside]),
-        (folder / "model", [data, "--eval-data", inside]),
-    ):
-        code, said = ended(["--model", model, "--out", out, "--overwrite", "--data", *files], capsys)
-        assert code == 2 and "choose another folder" in said and (out / "model" / "config.json").exists()
-        assert inside.exists()
-
-
 @pytest.mark.parametrize("size, held", [(0, 0), (6, 6), (100, 10)])  # at most a third of 31
 def test_held_out_pairs_are_not_trained_on_and_the_same_for_every_seed(size, held, folder, tmp_path, monkeypatch):
     seen = []
 
-    def note(policy, reference, pairs, flags, eval_pairs, out):
+    def note(policy, reference, pairs, flags, eval_pairs, run):
         seen.append([[pair.line for pair in some] for some in (pairs, eval_pairs)])
-        return []
+        return [{"beta": 0.01}]
 
     monkeypatch.setattr(train, "train", note)
-    monkeypatch.setattr(train, "leave_results", lambda *_: None)
+    monkeypatch.setattr(Run, "finish", lambda self: None)
     for seed in (0, 1):
         argv = ["--model", folder / "model", "--data", folder / "ids.jsonl", "--eval-size", size, "--seed", seed]
         assert train.main([str(x) for x in [*argv, "--out", tmp_path / f"{seed}"]]) == 0
@@ -1121,202 +912,8 @@ def test_held_out_pairs_are_not_trained_on_and_the_same_for_every_seed(size, hel
     assert sorted(pairs + eval_pairs) == list(range(1, 32))
 
 
-def test_a_process_that_does_not_write_needs_no_folder(tmp_path, monkeypatch):
-    """On a second node --out may not be there."""
-    monkeypatch.setattr(train, "rank_and_world", lambda: (1, 2))
-    assert train.train(*two_models(), pairs_of(id_rows(4)), flags_of(steps=1), out=tmp_path / "elsewhere")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_frozen_policy_is_trained_all_the_same():
     policy, reference = two_models()
     before = copy.deepcopy(policy)
     train.train(policy.requires_grad_(False), reference, pairs_of(id_rows(4)), flags_of(steps=1))
     assert not same_bits(before, policy)
-
-
-def test_several_data_flags_add_up():
-    argv = ["--model", "m", "--out", "o", "--data", "a", "b", "--data", "c"]
-    assert list(train.parse_flags(argv).data) == ["a", "b", "c"] and list(train.parse_flags([]).data) == []
-
-
-def test_a_reference_that_shares_storage_is_refused():
-    policy = tiny_model()
-    with pytest.raises(ValueError, match="shares storage"):
-        train.train(policy, policy, [], train.Flags())
-
-
-# ---- the reference as a file -----------------------------------------------------------------------------------------
-
-
-REAL = {"model": "x", "data": ("x",), "out": "x"}  # flags of a run that trains no toy
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_cached_reference_gives_the_references_hidden_states_and_runs_none(dtype, tmp_path, monkeypatch):
-    pairs, reference = pairs_of(id_rows(8)), tiny_model(tied=True)
-    twin = next(pair for pair in pairs if len(pair.rejected) > 1)  # the same ids, cut elsewhere
-    pairs.append(twin._replace(chosen=np.r_[twin.chosen, twin.rejected[:1]], rejected=twin.rejected[1:]))
-    # Without the check, for its first decisions are about rounding, which the company of other pairs changes.
-    flags = flags_of(cache_reference=str(tmp_path / "cache"), epsilon_check=0.0, dtype=dtype, **REAL)
-    cached = CachedReference(reference, pairs, flags)
-    (file,) = (tmp_path / "cache").iterdir()
-    assert file.stat().st_size == 4 + 4 * 16 * sum(len(p.chosen) + len(p.rejected) for p in pairs)
-    for group in ([0], [8, 3], [2, 1, 0, 5], list(range(9))[::-1]):  # any order, any company
-        batch = collate([pairs[i] for i in group])
-        where = (batch.tokens, batch.positions, batch.segments, batch.source, lambda *both: both)
-        with torch.no_grad():
-            exact = reference(*where)[0]
-            with train.bodies_in(dtype, batch.tokens.device):
-                (found, weight), (wanted, wanted_weight) = cached(*where), reference(*where)
-        assert torch.equal(weight, wanted_weight)
-        if dtype == "float32":
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-        else:  # rounded as in a run afresh, but for the few bits that the company of other pairs changes
-            assert (found - wanted).norm() < 0.5 * (found - exact).norm()
-    # A policy that moves leaves it as it is; a step runs the policy alone, and a second cache reads the file.
-    policy, calls, forward = copy.deepcopy(reference), [], GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
-    again = CachedReference(policy, pairs, flags)
-    assert not calls and list((tmp_path / "cache").iterdir()) == [file]
-    lines = train.train(policy, again, pairs, flags)
-    micros = sum(len(train.my_share([pairs[i] for i in epoch_order(9, 0, 0)[k : k + 4]], 40)) for k in (0, 4, 8))
-    assert calls == [policy] * micros
-    other = copy.deepcopy(reference)
-    wanted = train.train(other, reference, pairs, flags)
-    for a, b in zip(lines, wanted):
-        rounding = 1e-3 if dtype == "float32" else 5e-2
-        assert a["loss"] == pytest.approx(b["loss"], abs=rounding) and a["kl"] == pytest.approx(b["kl"], abs=rounding)
-
-
-def test_a_cache_belongs_to_its_pairs_model_and_dtype(tmp_path, monkeypatch):
-    pairs, model = pairs_of(id_rows(4)), tiny_model(num_hidden_layers=3)
-    cache = tmp_path / "deep" / "cache"
-
-    def make(model=model, pairs=pairs, **given):
-        before = set(cache.glob("*"))
-        CachedReference(model, pairs, flags_of(cache_reference=str(cache), **REAL | given))
-        return set(cache.glob("*")) - before
-
-    (first,) = make()
-    with torch.no_grad():
-        (other := copy.deepcopy(model)).model.layers[1].self_attn.o_proj.weight[0, 0] += 1e-3  # one in the middle
-    theta = copy.deepcopy(model)
-    theta.config = dataclasses.replace(theta.config, rope_theta=77.0)
-    for given in ({"pairs": pairs_of(id_rows(4, seed=1))}, {"model": other}, {"model": theta}, {"dtype": "bfloat16"}):
-        assert len(make(**given)) == 1, given
-    assert not make(lr=7.0, epsilon=0.2) and not make(pairs=pairs[::-1])  # as when others of them are held out
-    whole = first.read_bytes()
-    for at in (0, len(whole) // 2, len(whole) - 1):
-        first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(ValueError, match=f"{first.name}: damaged, .*delete it"):
-            make()
-    first.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=f"{first.name}: .* expected: delete it"):
-        make()
-    first.unlink()
-    states_of = CachedReference.states_of
-
-    for error in (KeyboardInterrupt, torch.OutOfMemoryError):  # which stays what it is, for `main` to advise on
-
-        def killed(*args, error=error):
-            yield from list(states_of(*args))[:-1]
-            raise error
-
-        with monkeypatch.context() as patch, pytest.raises(error):
-            patch.setattr(CachedReference, "states_of", staticmethod(killed))
-            make()
-        assert not first.exists()
-    assert make() == {first}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
-    with pytest.raises(ValueError, match="cache.* has room for 0.000 GB"):
-        make(dtype="float16")
-    assert not make()  # what is there needs no room
-
-
-def test_a_run_with_a_cached_reference_says_how_many_decisions_differ(folder, tmp_path, monkeypatch, capsys):
-    data, cache = write_rows(tmp_path / "rows.jsonl", id_rows(20)), tmp_path / "cache"
-    argv = ["--model", folder / "model", "--data", data, "--batch-size", "4", "--lr", "1e-3", "--eval-size", "6"]
-    argv = [str(x) for x in [*argv, "--cache-reference", cache]]
-    assert train.main([*argv, "--out", str(tmp_path / "a")]) == 0
-    told = capsys.readouterr().out
-    assert re.search(r"reference: \d+ hidden states of \d+ numbers in .*f32", told)
-    assert re.search(r"\d of 6 held-out decisions differ", told)
-    assert train.main([*argv, "--out", str(tmp_path / "b")]) == 0
-    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
-    capsys.readouterr()
-    monkeypatch.setattr(train, "rank_and_world", lambda: (0, 2))
-    code, err = ended([*argv, "--out", tmp_path / "c"], capsys)
-    assert code == 2 and "--cache-reference is for one process" in err
-
-
-def test_a_cached_reference_of_other_hidden_states_is_counted_after_the_model_is_safe(
-    folder, tmp_path, monkeypatch, capsys
-):
-    data, out = write_rows(tmp_path / "rows.jsonl", id_rows(20)), tmp_path / "out"
-    argv = ["--model", folder / "model", "--data", data, "--batch-size", "4", "--lr", "1e-3", "--out", out]
-    argv = [str(x) for x in [*argv, "--cache-reference", tmp_path / "cache"]]
-    assert train.main([*argv, "--eval-size", "0"]) == 0 and "decisions differ" not in capsys.readouterr().out
-    forward = CachedReference.forward
-
-    def turned(self, *args):
-        states, weight = forward(self, *args[:-1], lambda *both: both)
-        return args[-1](-states, weight)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CachedReference, "forward", turned)
-        assert train.main([*argv, "--eval-size", "6", "--overwrite"]) == 0
-    assert re.search(r"[1-6] of 6 held-out decisions differ", capsys.readouterr().out)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "decisions", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train.main([*argv, "--eval-size", "6", "--overwrite"])
-    assert load_safetensors(out / "model" / "model.safetensors")
-    for bad, named in ((data, "no folder can be made"), (out / "model", "would replace")):
-        code, err = ended([*argv[:-1], bad, "--overwrite"], capsys)
-        assert code == 2 and named in err and str(bad) in err, err
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_run_with_a_cached_reference_resumes_to_the_bit(dtype, folder, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", id_rows(20))
-    argv = ["--model", folder / "model", "--data", data, "--batch-size", "4", "--lr", "1e-2", "--eval-size", "4"]
-    argv += ["--dtype", dtype, "--save-every", "2", "--cache-reference", tmp_path / "cache"]
-    argv = [str(x) for x in argv]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert train.main([*argv, "--out", str(one)]) == 0
-    # The second run goes back to its second step, as a kill would leave it, and makes the reference's file anew, elsewhere.
-    real_save, kept = train.save_checkpoint, []
-
-    def save(out, step, *rest):
-        real_save(out, step, *rest)
-        if step == 2:
-            kept.append((out / "checkpoint.pt").read_bytes())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", save)
-        assert train.main([*argv, "--out", str(two)]) == 0
-    (two / "checkpoint.pt").write_bytes(kept[0])
-    code, err = ended([*argv[:-2], "--out", two, "--resume"], capsys)
-    assert code == 2 and "cache_reference had another value" in err
-    assert train.main([*argv[:-1], str(tmp_path / "elsewhere"), "--out", str(two), "--resume"]) == 0
-    assert read_metrics(one) == read_metrics(two)
-    assert (one / "model/model.safetensors").read_bytes() == (two / "model/model.safetensors").read_bytes()
-
-
-def test_backward_keeps_no_more_than_the_forecast_counts():
-    sizes = dict(vocab_size=50, hidden_size=240, intermediate_size=640, num_hidden_layers=3, num_attention_heads=3)
-    c = resolve({"model_type": "llama"} | sizes)
-    pairs = [Pair(*(np.arange(n) for n in sizes)) for sizes in ((9, 15, 20), (9, 15, 19))]
-    model, kept, batch = GPT(c), {}, collate(pairs)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = (x, x.untyped_storage().nbytes() / 4)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(batch.tokens, batch.positions, batch.segments, batch.source)
-    numbers = sum(size for _, size in kept.values()) / (int((batch.segments >= 0).sum()) * c.num_hidden_layers)
-    assert 0.97 < numbers / (9 * c.hidden_size + 2 * c.intermediate_size) <= 1.0, numbers

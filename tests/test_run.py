@@ -1,0 +1,95 @@
+"""support/run.py: whose folder it is, and what is never replaced."""
+
+from __future__ import annotations
+
+import pytest
+
+import train
+from support.checkpoint import load_model, save_model
+from support.run import Run
+from tests.runs import (
+    argv_of,
+    ended,
+    flags_of,
+    id_rows,
+    pairs_of,
+    pretend,
+    read_metrics,
+    snapshot,
+    steps_of,
+    two_models,
+    write_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main(argv_of(folder, out, "--save-every", 5)) == 0
+    before = snapshot(out)
+    for kept in ("metrics.jsonl", "checkpoint.pt", "model"):
+        for other in {"metrics.jsonl", "checkpoint.pt", "model"} - {kept}:
+            assert (out / other).exists()
+        code, said = ended(argv_of(folder, out), capsys)
+        assert code == 2 and "--resume" in said and "--overwrite" in said and str(out) in said
+        assert snapshot(out) == before
+    assert train.main(argv_of(folder, out, "--overwrite", "--steps", 2)) == 0
+    assert [line["step"] for line in steps_of(read_metrics(out))] == [1, 2]
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_run_does_not_replace_what_it_reads(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    save_model(load_model(folder / "model"), out / "model")
+    data = str(folder / "ids.jsonl")
+    inside = write_rows(out / "model" / "ids.jsonl", id_rows(9))
+    for model, files in (
+        (out / "model", [data]),
+        (folder / "model", [inside]),
+        (folder / "model", [data, "--eval-data", inside]),
+    ):
+        code, said = ended(["--model", model, "--out", out, "--overwrite", "--data", *files], capsys)
+        assert code == 2 and "choose another folder" in said and (out / "model" / "config.json").exists()
+        assert inside.exists()
+
+
+def test_the_toy_replaces_its_own_run_and_nothing_else(quick_toy, folder, capsys):
+    few = ["--eval-size", "8", "--batch-size", "32"]
+    assert train.main([*few, "--steps", "3", "--save-every", "1"]) == 0
+    assert train.main([*few, "--steps", "2"]) == 0
+    assert [line["step"] for line in steps_of(read_metrics(quick_toy))] == [1, 2]
+    assert not (quick_toy / "checkpoint.pt").exists()
+    code, said = ended([*few, "--out", quick_toy], capsys)  # an --out that was given is another matter
+    assert code == 2 and "--overwrite" in said
+    assert train.main(argv_of(folder, quick_toy, "--overwrite", "--steps", 1)) == 0
+    before = snapshot(quick_toy)
+    code, said = ended(few, capsys)  # a run on real data lies there now
+    assert code == 2 and snapshot(quick_toy) == before
+
+
+def test_the_toy_does_not_delete_what_is_not_a_run_of_its_own(quick_toy, capsys):
+    (quick_toy / "model").mkdir(parents=True)
+    (quick_toy / "model" / "thesis.txt").write_text("years of work")
+    code, said = ended(["--eval-size", "8", "--batch-size", "32", "--steps", "1"], capsys)
+    assert (quick_toy / "model" / "thesis.txt").read_text() == "years of work"
+    assert code == 2 and "--overwrite" in said
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    code, said = ended(argv_of(folder, out, "--save-every", 1, "--lr", "1e300"), capsys)
+    assert (
+        code == 2
+        and "no longer finite" in said
+        and "no checkpoint was saved" in said
+        and not (out / "checkpoint.pt").exists()
+    )
+
+
+def test_a_process_that_does_not_write_needs_no_folder(tmp_path, monkeypatch):
+    """On a second node --out may not be there."""
+    pretend(monkeypatch, rank=1, world=2)
+    flags = flags_of(steps=1, save_every=1)
+    lines = train.train(*two_models(), pairs_of(id_rows(4)), flags, run=Run(tmp_path / "elsewhere", flags))
+    assert [line["tokens"] for line in lines] and not list(tmp_path.iterdir())
