@@ -376,7 +376,7 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     before = answers(policy, prompts, pairs)
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, run=run)
     run.finish()
-    print(before_and_after(lines))
+    print(before_and_after(lines, run.method.beta))
     print(show_answers(prompts, before, answers(policy, prompts, pairs), tokenizer))
 
 

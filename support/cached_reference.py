@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model import GPT
 from support.device import autocast
 from support.files import replace_file
+from support.report import progress_bar
 from support.rows import Pair, collate, ids_hash, row_length
 
 
@@ -69,7 +69,7 @@ def hidden_states(policy: GPT, pairs: Sequence[Pair], dtype: str, micro_tokens: 
     """The hidden states of all response tokens, in the order of the pairs, a batch at a time."""
     device = next(policy.parameters()).device
     at_most = max(1, micro_tokens // max(map(row_length, pairs)))
-    for i in tqdm(range(0, len(pairs), at_most), "reference", unit="batch"):
+    for i in progress_bar(range(0, len(pairs), at_most), "reference", "batch"):
         batch = collate(pairs[i : i + at_most]).to(device)
         with autocast(dtype, device):
             states = policy(batch.tokens, batch.positions, batch.segments, batch.source)  # (M, D)

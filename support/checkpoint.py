@@ -65,13 +65,12 @@ ATTENTION = ("full_attention", "sliding_attention")
 CHANGES_NUMBERS = re.compile("act|norm|rope|rotary|quant|clip|scal|bias|expert|moe|mlp|ffn")
 OFF = ("None", "False", "[]", "{}")
 HARMLESS = re.compile(
-    """_.*|.*_token_id|.*dropout|.*_pdrop|architectures|transformers_version|auto_map|dtype|torch_dtype|torchscript
-    |initializer_range|use_cache|id2label|label2id|num_labels|task_specific_params|output_hidden_states|output_attentions
-    |output_scores|return_dict.*|is_decoder
-    |chunk_size_feed_forward|gradient_checkpointing|use_bfloat16|is_llama_config|transformers\\.js_config|unsloth_fixed
-    |model_max_length|max_sequence_length|max_window_layers|max_length|min_length|do_sample|early_stopping|temperature
-    |top_k|top_p|typical_p|num_beams|num_beam_groups|num_return_sequences|.*_penalty|.*no_repeat_ngram_size|bad_words_ids
-    |.*suppress_tokens""",
+    r"""_.*|.*_token_id|.*dropout|.*_pdrop|.*_penalty|.*no_repeat_ngram_size|.*suppress_tokens|return_dict.*|architectures
+    |transformers_version|auto_map|dtype|torch_dtype|torchscript|initializer_range|use_cache|id2label|label2id|num_labels
+    |task_specific_params|output_hidden_states|output_attentions|output_scores|is_decoder|gradient_checkpointing
+    |chunk_size_feed_forward|use_bfloat16|is_llama_config|transformers\.js_config|unsloth_fixed|model_max_length
+    |max_sequence_length|max_window_layers|max_length|min_length|do_sample|early_stopping|temperature|top_k|top_p
+    |typical_p|num_beams|num_beam_groups|num_return_sequences|bad_words_ids""",
     re.VERBOSE,
 )
 NEUTRAL = {  # keys that change numbers, but not with these values

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from model import Config
 from support.device import rank_and_world
 from support.files import what_is
 from support.forms import CONTEXT, FIELDS, Example, example_of
+from support.report import progress_bar
 from support.rows import BadRow, Pair
 from support.text import Tokenizer
 
@@ -197,7 +197,8 @@ def split_ids(row: Texts, tokenizer: Tokenizer) -> list[list[int]]:
     responses = []
     for whole, answer, ended in zip(wholes, row.example.parts[1:], row.ended):
         if len(whole) - shared <= ended:
-            raise BadRow("blank answer", f"no token is left of {answer!r:.60}")
+            why = f"; the chat template leaves out {', '.join(sorted(row.left_out))}" if row.left_out else ""
+            raise BadRow("blank answer", f"no token is left of {answer!r:.60}{why}")
         if not ended and tokenizer.eos is None:
             raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer.json has")
         add_end = not ended and whole[-1] != tokenizer.eos
@@ -246,6 +247,7 @@ class Report:
     special: int = 0  # pairs in which someone typed a special token, which then is one
     changed: int = 0  # pairs whose token ids do not decode to the text that was encoded
     incomplete: int = 0  # pairs with text that the chat template left out
+    repeated: int = 0  # pairs of text whose answers both begin with the prompt, which is then there twice
     with_variables: int = 0  # pairs with chat_template_kwargs
     bad: Counter = field(default_factory=Counter)  # reason -> rows skipped because the user asked for it
     dropped: Counter = field(default_factory=Counter)  # reason -> good rows that are of no use at this max_length
@@ -261,6 +263,9 @@ class Report:
         self.special += any(tokenizer.control.search(text) for _, text in row.said)
         decoded = map(tokenizer.decode, row.ids[1:]) if tokenizer else ()
         self.changed += not all(squeeze(own).endswith(squeeze(text)) for own, text in zip(decoded, row.texts[1:]))
+        prompt, *answers = row.example.parts
+        is_text = row.example.form == "text" and prompt.strip()
+        self.repeated += bool(is_text) and all(answer.startswith(prompt) for answer in answers)
         self.incomplete += bool(row.left_out)
         self.left_out.update(row.left_out)
         self.with_variables += bool(row.example.variables)
@@ -277,6 +282,7 @@ class Report:
             (len(self.unread), "columns are not read", self.unread),
             (self.with_variables, "pairs have chat_template_kwargs", self.variables),
             (self.incomplete, "pairs have text that the chat template leaves out", self.left_out),
+            (self.repeated, "pairs have answers that both repeat the prompt: remove it from the answers", {}),
             (self.changed, "pairs have text that the tokenizer changes (see --show)", {}),
             (self.special, "pairs contain special tokens typed as text, which the model sees as special tokens", {}),
         ):
@@ -324,7 +330,7 @@ class Reader:
 
         Raises ValueError where a file cannot be read any further."""
         for file in map(str, files):
-            rows = iter(tqdm(read_rows(file), f"tokenizing {Path(file).name}", unit=" rows", disable=not progress))
+            rows = iter(progress_bar(read_rows(file), f"tokenizing {Path(file).name}", " rows", shown=progress))
             while batch := list(islice(rows, at_once)):
                 written = [self.texts(row) for _, _, row in batch]
                 with suppress(BadRow):  # a row that fails is encoded alone below, and then fails with its own error

@@ -65,6 +65,8 @@ def check_folder(folder: Path, wanted: str) -> None:
         what = f"no {wanted} in this folder; use {inner[-1].parent}"
     elif "adapter_config.json" in names:
         what = "this is a LoRA adapter; merge it into its base model first (merge_and_unload of peft) and save that"
+    elif wanted.endswith(".safetensors") and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+        what = f"expected {wanted}, got {', '.join(names)}; let transformers load the model and save_pretrained it here"
     elif wanted == "tokenizer.json" and "tokenizer.model" in names:
         what = "tokenizer.model alone cannot be read; load and save it here with AutoTokenizer of transformers"
     else:

@@ -16,9 +16,11 @@ CONTEXT = ("system", "tools", "chat_template_kwargs")  # columns that only a cha
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follow in dialogues written as plain text
 ACCEPTED = "expected prompt, chosen and rejected, all as text, as messages or as token ids"
-NO_PROMPT = f"expected a prompt, or two whole dialogues (messages, or text with {TURN!r}) that begin alike"
+RENAME = "rename columns that have other names"
+NO_PROMPT = f"expected a prompt, or two whole dialogues (messages, or text with {TURN!r}) that begin alike; {RENAME}"
 NOT_A_MESSAGE = f"expected an object with a role ({', '.join(ROLES)}) and a text as content"
-SHAREGPT = '; rename "from" to "role" (human: user, gpt: assistant) and "value" to "content"'
+SHAREGPT = '; rename "from" to "role" (human: user, gpt: assistant), "value" to "content", "conversations" to "prompt"'
+AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|messages)["']\s*:""")  # tables often hold messages so
 
 
 class Example(NamedTuple):
@@ -32,8 +34,12 @@ class Example(NamedTuple):
 
 def form_of(name: str, value: object) -> tuple[str, object]:
     """The form of one column and its value, messages checked and without nulls."""
-    if value is None or isinstance(value, str):
-        return "absent" if value is None else "text", value
+    if value is None:
+        return "absent", None
+    if isinstance(value, str):
+        if AS_TEXT.match(value):
+            raise BadRow("unknown form", f"{name} is messages written as text, {value!r:.60}; parse them (json.loads)")
+        return "text", value
     items = [value] if isinstance(value, dict) else value  # one message stands for a list of one
     if not isinstance(items, list) or not items:
         raise BadRow("unknown form", f"{name} is {value!r:.60}; {ACCEPTED}")
@@ -98,7 +104,7 @@ def parts_of(row: dict) -> tuple[str, list]:
     (beside, prompt), (form, chosen), (other, rejected) = (form_of(name, row.get(name)) for name in FIELDS)
     if "absent" in (form, other):
         absent = " and ".join(name for name, a in (("chosen", form), ("rejected", other)) if a == "absent")
-        raise BadRow("missing field", f"no {absent}; {ACCEPTED}")
+        raise BadRow("missing field", f"no {absent}; {ACCEPTED}; {RENAME}")
     if form != other or (form == "token ids") != (beside == "token ids"):
         raise BadRow("mixed forms", f"prompt is {beside}, chosen {form}, rejected {other}; {ACCEPTED}")
     if form == "token ids":

@@ -15,26 +15,23 @@ from support.device import rank_and_world
 from support.rows import Pair
 
 
-class LineNowAndThen(tqdm):
-    """tqdm for a stderr that is no terminal: a line of its own now and then, and one at the end."""
+class Lines:
+    """A file for tqdm where stderr is no terminal: every state that it shows becomes a line of its own."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if msg != "":
-            print(msg or str(self), file=sys.stderr, flush=True)
-        return True
+    def write(self, text: str) -> None:
+        if text.strip():  # tqdm also writes what clears a line
+            print(text.strip(), file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        if not self.disable and self.delay == 0:
-            self.display()
-        super().close()
+    def flush(self) -> None:
+        pass
 
 
-def progress_bar(items: Iterable, name: str, unit: str, **more: object) -> tqdm:
-    """A bar on the terminal, else a line every 30 seconds. Process 0 alone shows it."""
-    hidden = rank_and_world()[0] != 0
-    if sys.stderr.isatty():
-        return tqdm(items, name, unit=unit, disable=hidden, **more)
-    return LineNowAndThen(items, name, unit=unit, disable=hidden, mininterval=30, ncols=0, **more | {"leave": False})
+def progress_bar(items: Iterable, name: str, unit: str, shown: bool = True, **more: object) -> tqdm:
+    """A bar on the terminal; elsewhere a line at the start, every 30 seconds and at the end. Process 0 shows it."""
+    more |= {"unit": unit, "disable": not shown or rank_and_world()[0] != 0}
+    if not sys.stderr.isatty():
+        more |= {"file": Lines(), "mininterval": 30, "ncols": 0, "position": 0}
+    return tqdm(items, name, **more)
 
 
 def say(text: str) -> None:
@@ -64,16 +61,16 @@ def eval_line(line: dict[str, float]) -> str:
     )
 
 
-def before_and_after(lines: list[dict[str, float]]) -> str:
-    """A table of the first and the last evaluation and β."""
-    evaluations, betas = [x for x in lines if "eval/loss" in x], [x["beta"] for x in lines if "beta" in x]
-    rows = [f"{'':24}{'before':>12}{'after':>12}"]
+def before_and_after(lines: list[dict[str, float]], beta: float) -> str:
+    """A table of the first and the last evaluation, of β at the first step and `beta` now."""
+    first = next(line["beta"] for line in lines if "beta" in line)
+    evaluations = [line for line in lines if "eval/loss" in line]
     names = {"accuracy": "rewards/accuracies", "reward margin": "rewards/margins", "loss": "loss", "KL": "kl"}
-    for name, key in names.items() if evaluations else ():
-        rows.append(
-            f"held-out {name:15}" + "".join(f"{x[f'eval/{key}']:12.4f}" for x in (evaluations[0], evaluations[-1]))
-        )
-    return "\n".join([*rows, f"{'β':24}" + "".join(f"{beta:12.4f}" for beta in (betas[0], betas[-1]))])
+    rows = [("β", first, beta)]
+    if evaluations:
+        rows = [(f"held-out {x}", *(evaluations[i][f"eval/{key}"] for i in (0, -1))) for x, key in names.items()] + rows
+    table = [f"{name:24}{before:12.4f}{after:12.4f}" for name, before, after in rows]
+    return "\n".join([f"{'':24}{'before':>12}{'after':>12}", *table])
 
 
 def draw(lines: list[dict[str, float]], path: Path) -> bool:

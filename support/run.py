@@ -159,6 +159,7 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Save the last finished step if the run was stopped, and add to an error how the run can be continued."""
         if self.bar is not None:
+            self.bar.n = self.done
             self.bar.close()
         try:
             if isinstance(error, Stopped) and self.out and self.done > self.saved:

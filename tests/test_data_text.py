@@ -1056,3 +1056,329 @@ def test_every_supplied_chat_is_rendered_and_encoded_as_by_transformers(real):
             assert real.render(row["prompt"] + answer) == text and text.endswith("<|im_end|>\n")
             assert pair.prompt.tolist() + response.tolist() == theirs(text[:-1])["input_ids"]
             assert response.tolist().count(2) == 1 and response[-1] == 2
+
+
+# ------------------------------------------------------------------------------------------------- columns of a row
+
+CONTEXT = (
+    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for t in tools %}{{ t.function.name }}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% if mood is defined %}{{ '<|im_start|>mood\n' + mood + '<|im_end|>\n' }}{% endif %}" + CHATML
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": YES, "rejected": NO},
+        {"prompt": HEAD[:1], "chosen": "yes", "rejected": "no"},
+        {"chosen": HEAD[:1] + YES, "rejected": HEAD[:1] + NO},
+        {"prompt": [SYSTEM, *HEAD[:1]], "chosen": YES, "rejected": NO},
+    ],
+)
+def test_system_column_is_the_first_message(with_template, tmp_path, row):
+    tokenizer = with_template(CHATML)
+    expected = one(tmp_path / "a", {"prompt": [SYSTEM, *HEAD[:1]], "chosen": YES, "rejected": NO}, tokenizer)
+    assert one(tmp_path / "b", row | {"system": SYSTEM["content"]}, tokenizer) == expected
+    assert "You help." not in tokenizer.decode(expected[0])  # the template's own system message
+
+
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_empty_system_column_is_none(with_template, tmp_path, system):
+    row = {"prompt": "Hi", "chosen": YES, "rejected": NO}
+    tokenizer = with_template(CHATML)
+    assert one(tmp_path / "a", row | {"system": system}, tokenizer) == one(tmp_path / "b", row, tokenizer)
+    assert one(tmp_path / "a", text_row("He", " yes", " no") | {"system": system, "tools": []}, tokenizer)
+
+
+@pytest.mark.parametrize("kwargs", [{"mood": "calm"}, '{"mood": "calm"}'])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_tools_and_kwargs_reach_the_template(with_template, tmp_path, tools, kwargs):
+    tokenizer = with_template(CONTEXT)
+    row = {"prompt": "Hi", "chosen": YES, "rejected": NO, "tools": tools, "chat_template_kwargs": kwargs}
+    [pair], report = load(tmp_path / "a", [row], tokenizer)
+    text = tokenizer.library.apply_chat_template(
+        [user("Hi")], tools=TOOLS, mood="calm", tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(pair.prompt) == text and "add<|im_end|>" in text and "mood\ncalm" in text
+    assert "1 pairs have chat_template_kwargs: mood (1)" in str(report) and not report.left_out
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ({"system": 3}, "unusable system: system is 3"),
+        ({"system": [SYSTEM]}, "unusable system"),
+        ({"system": "Be long.", "prompt": [SYSTEM, user("Hi")]}, "two system messages: system is 'Be long.'"),
+        ({"tools": "add"}, "unusable tools: .*no JSON"),
+        ({"tools": {"name": "add"}}, "unusable tools: .*expected a list of objects"),
+        ({"tools": ["add"]}, "unusable tools: .*expected a list of objects"),
+        ({"chat_template_kwargs": [1]}, "unusable chat_template_kwargs: .*expected an object"),
+        ({"chat_template_kwargs": "{"}, "unusable chat_template_kwargs"),
+        *(
+            ({"chat_template_kwargs": {"mood": "x", name: "x"}}, f"unusable chat_template_kwargs: {name} cannot be set")
+            for name in ("chat_template", "messages", "documents", "tools", "tokenize", "conversation", "max_length")
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "system": "x"},
+            "needs messages: a row of text .* system;.*role",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": TOOLS}, "needs messages: .* tools"),
+        (
+            {"prompt": [1], "chosen": [2], "rejected": [3], "chat_template_kwargs": {"a": 1}},
+            "needs messages: .*token ids",
+        ),
+    ],
+)
+def test_context_that_cannot_be_used(with_template, tmp_path, more, reason):
+    row = {"prompt": "Hi", "chosen": YES, "rejected": NO} | more
+    with pytest.raises(ValueError, match=f"a:1: {reason}.*columns: "):
+        load(tmp_path / "a", [row], with_template(CONTEXT))
+
+
+def test_columns_that_nothing_reads_are_counted(tmp_path, kinds):
+    row = text_row("He said", " yes", " no")
+    rows = [row | {"sytem": "x", "score": 1.0}, row | {"sytem": None}, row | {"score": 0}, {"question": "x"}]
+    _, report = load(tmp_path / "a", rows, kinds["byte level"], skip_bad_rows=True)
+    assert "3 columns are not read: score (2), sytem (1), question (1)" in str(report)
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_one_message_stands_for_a_list_of_one(with_template, tmp_path, name):
+    row = {"prompt": [user("Hi")], "chosen": YES, "rejected": NO}
+    tokenizer = with_template(CHATML)
+    assert one(tmp_path / "a", row | {name: row[name][0]}, tokenizer) == one(tmp_path / "b", row, tokenizer)
+
+
+def test_refusals_say_what_to_do(with_template, tmp_path):
+    tokenizer = with_template(CHATML)
+    turns = [{"from": "human", "value": "Hi"}]
+    for row, words in (
+        ({"question": "Hi", "chosen": "yes", "rejected": "no"}, "no prompt: expected a prompt.*columns: chosen, question, r"),
+        ({"prompt": turns, "chosen": YES, "rejected": NO}, 'rename "from" to "role".*columns'),
+        ({"prompt": "Hi", "chosen": "yes ", "rejected": "yes "}, "equal answers: chosen is 'yes ', rejected 'yes '"),
+        ({"prompt": "Hi", "chosen": [assistant("a<|im_end|>")], "rejected": [assistant("a<|im_end|>")]},
+         "equal answers: chosen is 'a<.im_end.>', rejected 'a<.im_end.>'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path / "a", [row], tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------- prefills
+
+PREFILL = [user("Hi"), assistant("The answer is ")]
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama 2", "Llama 3", "Phi 3", "Mistral"])
+def test_a_prefill_is_continued(with_template, tmp_path, name):
+    tokenizer = with_template(TEMPLATES[name])
+    row = {"prompt": PREFILL, "chosen": YES, "rejected": NO}
+    prompt, chosen, rejected = one(tmp_path / "a", row, tokenizer)
+    assert one(tmp_path / "b", row | {"chosen": "yes", "rejected": "no"}, tokenizer) == [prompt, chosen, rejected]
+    render = tokenizer.library.apply_chat_template
+    head = render(PREFILL, tokenize=False, continue_final_message=True)
+    assert head.startswith(tokenizer.decode(prompt)) and "The answer" in tokenizer.decode(prompt)
+    for answer, response in (("yes", chosen), ("no", rejected)):
+        whole = render([PREFILL[0], assistant("The answer is " + answer)], tokenize=False)
+        got = tokenizer.decode(prompt + response)
+        assert whole.startswith(got) and got.endswith(ENDS[name]) and got.count("answer") == 1
+
+
+def test_two_messages_of_an_assistant_in_a_whole_dialogue_stay_two(with_template, tmp_path):
+    tokenizer = with_template(CHATML)
+    row = {"chosen": HEAD[:2] + YES, "rejected": HEAD[:2] + NO}
+    prompt, chosen, _ = one(tmp_path / "a", row, tokenizer)
+    assert tokenizer.decode(chosen) == "Hello<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    assert tokenizer.decode(prompt + chosen) + "\n" == tokenizer.render(HEAD[:2] + YES)
+
+
+def test_a_tool_call_is_no_prefill(with_template, tmp_path):
+    row = {"prompt": [user("Hi"), assistant(None, tool_calls=CALL)], "chosen": YES, "rejected": NO}
+    with pytest.raises(ValueError, match="a:1: no prompt: the prompt ends with a tool call"):
+        load(tmp_path / "a", [row], with_template(QWEN3))
+
+
+# ----------------------------------------------------------------------------------------- text that is left out
+
+FORGETS = {
+    "content": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "no system": "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "first of many": "{% for m in (messages[1:] if messages | length > 2 else messages) %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+WORDS = st.text("abc d\n\"'<é", min_size=1, max_size=6)
+KEYS = st.fixed_dictionaries({}, optional={"name": WORDS, "reasoning_content": WORDS, "weather": st.lists(WORDS)})
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.lists(st.tuples(WORDS, KEYS), min_size=1, max_size=3), WORDS, WORDS, KEYS, st.none() | WORDS,
+       st.sampled_from([*TEMPLATES, *FORGETS]))  # fmt: skip
+def test_every_text_is_shown_or_reported(tmp_path_factory, turns, chosen, rejected, more, system, name):
+    """Each text, white space aside, is as often in what --show prints as in the row, or the report counts the row."""
+    tokenizer = OF_TEMPLATE.get(name) or Tokenizer.from_pretrained(
+        make(tmp_path_factory.mktemp("shown"), template=(TEMPLATES | FORGETS)[name])
+    )
+    OF_TEMPLATE[name] = tokenizer
+    roles = [assistant if i % 2 else user for i in range(len(turns))]
+    prompt = [role(text, **keys) for role, (text, keys) in zip(roles, turns)]
+    row = {"prompt": prompt, "chosen": [assistant(chosen, **more)], "rejected": [assistant(rejected)], "system": system}
+    pairs, report = load(tmp_path_factory.mktemp("row") / "a", [row], tokenizer, skip_bad_rows=True)
+    if not pairs or report.changed or report.incomplete:
+        return
+    shown = "".join(show_pair(pairs[0], tokenizer).split())
+    said = [text for text, _ in turns] + [chosen, rejected, system or "", *leaves([*(keys for _, keys in turns), more])]
+    said = ["".join(text.split()) for text in said]
+    for text in filter(None, said):
+        forms = {text, "".join(json.dumps(text, ensure_ascii=False)[1:-1].split())}
+        assert sum(map(shown.count, forms)) >= sum(text in other for other in said), text
+
+
+OF_TEMPLATE: dict[str, Tokenizer] = {}
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in leaves(item)]
+    return [value]
+
+
+@pytest.mark.parametrize(
+    "template, row, fields",
+    [
+        ("content", {"chosen": [assistant("yes", reasoning_content="hm")]}, {"reasoning_content of assistant"}),
+        ("content", {"chosen": [assistant("yes", tool_calls=CALL)]}, {"tool_calls of assistant"}),
+        ("content", {"prompt": [user("Hi", name="Ann")]}, {"name of user"}),
+        (
+            "content",
+            {"prompt": "hm", "chosen": [assistant("yes", reasoning_content="hm")]},
+            {"reasoning_content of assistant"},
+        ),
+        ("content", {"tools": TOOLS}, {"tools"}),
+        ("content", {"chat_template_kwargs": {"enable_thinkin": False}}, {"enable_thinkin of chat_template_kwargs"}),
+        ("no system", {"system": "Be brief."}, {"content of system"}),
+        ("first of many", {"prompt": HEAD}, {"content of user"}),
+        ("content", {"prompt": HEAD, "system": "Be brief."}, set()),
+        ("content", {"prompt": [user("no"), assistant("yes"), user("no")]}, set()),
+    ],
+)
+def test_text_that_the_template_leaves_out_is_reported(with_template, tmp_path, template, row, fields):
+    tokenizer = with_template(FORGETS[template])
+    plain = {"prompt": "Hi", "chosen": YES, "rejected": NO}
+    _, report = load(tmp_path / "a", [plain, plain | row], tokenizer)
+    assert set(report.left_out) == fields and report.incomplete == bool(fields)
+    for name in fields:
+        assert f"1 pairs have text that the chat template leaves out: {name} (1)" in str(report)
+
+
+def test_an_answer_that_the_template_leaves_out_is_blank(with_template, tmp_path):
+    row = {"prompt": "Hi", "chosen": [assistant("", tool_calls=CALL)], "rejected": NO}
+    with pytest.raises(ValueError, match="a:1: blank answer: .*; the chat template leaves out tool_calls of assistant"):
+        load(tmp_path / "a", [row], with_template(FORGETS["content"]))
+
+
+def test_answers_that_repeat_the_prompt_are_counted(tmp_path, kinds):
+    rows = [
+        text_row("He said", "He said yes", "He said no"),
+        text_row("He", "He said", " no"),
+        text_row(" ", " a", " b"),
+    ]
+    _, report = load(tmp_path / "a", rows, kinds["byte level"])
+    assert report.repeated == 1 and "1 pairs have answers that both repeat the prompt" in str(report)
+
+
+@pytest.mark.parametrize("value", [json.dumps([user("Hi")]), str([user("Hi")]), json.dumps({"messages": [user("Hi")]})])
+def test_messages_written_as_text_are_refused(tmp_path, kinds, value):
+    with pytest.raises(ValueError, match="a:1: unknown form: prompt is messages written as text"):
+        load(tmp_path / "a", [text_row(value, " yes", " no")], kinds["byte level"])
+    assert load(tmp_path / "a", [text_row('[{"name": 1}]', '{"a": 1}', " no")], kinds["byte level"])[0]
+
+
+def test_a_text_that_occurs_elsewhere_does_not_hide_one_that_is_left_out(with_template, tmp_path):
+    tokenizer = with_template(FORGETS["first of many"])
+    row = {"prompt": [user("yes"), assistant("ok"), user("ok yes")], "chosen": "yes", "rejected": "no"}
+    assert load(tmp_path / "a", [row], tokenizer)[1].left_out == {"content of user": 1}
+
+
+@pytest.mark.parametrize(
+    "change, text, count",
+    [
+        (normalizers.Lowercase(), " YES", 1),
+        (normalizers.NFC(), " e\u0301", 1),
+        (normalizers.Lowercase(), " yes", 0),
+        (None, " Ye\u0301S \U0001f600 <think>", 0),
+    ],
+)
+def test_text_that_the_tokenizer_changes_is_counted(tmp_path, change, text, count):
+    backend = byte_level()
+    if change:
+        backend.normalizer = change
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", backend=backend))
+    _, report = load(tmp_path / "a", [text_row("he said", text, " no")], tokenizer)
+    assert report.changed == count and ("that the tokenizer changes" in str(report)) == bool(count)
+
+
+# ------------------------------------------------------------------------------------------------- ends and batches
+
+
+def test_an_end_of_turn_need_not_be_a_special_token(tmp_path):
+    backend = byte_level()
+    backend.add_tokens([AddedToken("<|stop|>", normalized=False, special=False)])
+    template = FORGETS["content"].replace("<|im_end|>", "<|stop|>")
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", template=template, backend=backend))
+    prompt, chosen, _ = one(tmp_path / "a", {"prompt": "Hi", "chosen": YES, "rejected": NO}, tokenizer)
+    assert tokenizer.decode(chosen) == "yes<|stop|>" and tokenizer.decode(prompt).count("<|stop|>") == 1
+
+
+def test_an_end_that_only_a_config_names_is_no_end(tmp_path):
+    """The library adds such a token after the last id of tokenizer.json, where the model has nothing."""
+    template = CHATML.replace("<|im_end|>", "<nowhere>")
+    folder = make(tmp_path / "m", template=template, config={"eos_token": "<nowhere>"})
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert tokenizer.eos is None and tokenizer.backend.token_to_id("<nowhere>") is not None
+    with pytest.raises(ValueError, match="a:1: no token ends an answer"):
+        one(tmp_path / "a", {"prompt": "Hi", "chosen": YES, "rejected": NO}, tokenizer)
+    named = make(tmp_path / "n", config={}, model={"eos_token_id": 10**6})
+    assert Tokenizer.from_pretrained(named).eos is None
+
+
+def test_a_row_that_fails_among_others_is_the_one_named(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "aa": 1, "ab": 2}))
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", backend=backend, model={"eos_token_id": 0}, config={}))
+    rows = [text_row("a", "?", "b"), text_row("a", " ", "b")]
+    with pytest.raises(ValueError, match="a:1: cannot be encoded"):
+        load(tmp_path / "a", rows, tokenizer)
+    assert load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)[1].bad == {
+        "cannot be encoded": 1,
+        "blank answer": 1,
+    }
+
+
+def test_rows_give_the_same_pairs_whatever_is_encoded_with_them(tmp_path, with_template):
+    tokenizer = with_template(CHATML)
+    rows = []
+    for i in range(150):
+        answers = f" yes {i}", f" no {i}"
+        chat = dict(zip(("chosen", "rejected"), ([assistant(a)] for a in answers)), prompt=[user(f"Hi {i}")])
+        rows.append([text_row(f"He said {i}", *answers), chat, {"prompt": [i], "chosen": [1], "rejected": [2]}][i % 3])
+    rows[70] = {}
+    pairs, report = load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)
+    assert [pair.line for pair in pairs] == [i for i in range(1, 151) if i != 71] and report.read == 150
+    for pair in pairs[::7]:
+        assert [ids.tolist() for ids in pair[:3]] == one(tmp_path / "b", rows[pair.line - 1], tokenizer)
+
+
+def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds, monkeypatch):
+    good, bad = text_row("He said", " yes", " no"), {"question": "x", "chosen": "a", "rejected": "b"}
+    same = text_row("He said", " yes and no", " yes and yes")
+    path, parse, read = tmp_path / "a", data.parse, []
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, same, good, good)))
+    monkeypatch.setattr(data, "parse", lambda line: read.append(line) or parse(line))
+    first, no_prompt, dropped, second = data.show_pairs([path], 2, kinds["words"], 10**6, 4, 2)
+    assert "⟦seam⟧" in first and f"{path}:4\n" in second and len(read) == 4
+    assert no_prompt.startswith(f"⟦no pair⟧ {path}:2: no prompt") and "columns: chosen, question, rejected" in no_prompt
+    assert dropped.startswith(f"⟦no pair⟧ {path}:3: equal after truncation")
+    assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 5
+    with pytest.raises(ValueError, match="a:1: a row of text needs a tokenizer"):
+        list(data.show_pairs([path], 2, None, 10**6, 64))

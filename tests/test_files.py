@@ -148,7 +148,11 @@ FOLDERS = {  # the files of a folder (none: no such folder), what is wanted, wha
         ["tokenizer.model alone", "AutoTokenizer"],
     ),
     "a tokenizer elsewhere": (("config.json",), "tokenizer.json", ["expected tokenizer.json", "got config.json"]),
-    "old weights": (("config.json", "pytorch_model.bin"), "model.safetensors", ["got config.json, pytorch_model.bin"]),
+    "old weights": (
+        ("config.json", "pytorch_model.bin"),
+        "model.safetensors",
+        ["got config.json, pytorch_model.bin; let"],
+    ),
 }
 
 

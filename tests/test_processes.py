@@ -34,8 +34,7 @@ from tests.runs import (
 OLD = not hasattr(torch.cpu.Stream, "record_event")
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.skipif(OLD, reason="this torch's FSDP2 needs GPUs")]
 FLOAT64 = (  # both models in double precision, where two orders of adding up cannot change a decision
-    "load = train.GPT.from_pretrained\n"
-    "train.GPT.from_pretrained = lambda folder, **rest: load(folder, dtype=torch.float64, **rest)\n"
+    "load = train.load_model\ntrain.load_model = lambda folder, **rest: load(folder, dtype=torch.float64, **rest)\n"
 )
 GRADIENTS = (  # what the optimizer is given at its first step, whole
     "step = torch.optim.AdamW.step\n"
@@ -49,11 +48,11 @@ GRADIENTS = (  # what the optimizer is given at its first step, whole
 
 
 def stopped_after(step: int) -> str:
-    """Lines that send the process SIGINT in the step before, so that it stops after step `step`."""
+    """Lines that send the process SIGINT in step `step`, so that it stops after it."""
     return (
         "original_rate = train.learning_rate\n"
         "def learning_rate(now, *rest):\n"
-        f"    if now == {step - 2}: os.kill(os.getpid(), 2)\n"
+        f"    if now == {step - 1}: os.kill(os.getpid(), 2)\n"
         "    return original_rate(now, *rest)\n"
         "train.learning_rate = learning_rate\n"
     )
@@ -115,13 +114,13 @@ def test_the_gradient_of_two_processes_is_that_of_one(model, folder, tmp_path):
 def test_a_float16_overflow_in_one_process_is_tried_again_by_both(folder, tmp_path):
     scales = (  # the second process's first gradient overflows
         "train.loss_scales = lambda *_: [2.0 ** (100 if os.environ.get('RANK') == '1' else 10), 2.0**10]\n"
-        "count, train.accumulate = train.accumulate, lambda *a: print('once') or count(*a)\n"
+        "count, train.run_batch = train.run_batch, lambda *a: print('once', torch.is_grad_enabled()) or count(*a)\n"
     )
     logs = {}
     for name, start in {"one": one, "two": two}.items():
         argv = argv_of(folder, tmp_path / name, "--steps", 1, "--batch-size", 9, "--clip", 1e9, "--dtype", "float16")
         logs[name] = start(argv, tmp_path, scales + GRADIENTS.replace("FILE", str(tmp_path / f"{name}.pt")))
-    assert logs["two"][0].count("once") == logs["one"].count("once") + 1
+    assert logs["two"][0].count("once True") == logs["one"].count("once True") + 1 == 2
     found, wanted = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two", "one"))
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-2 * float(b.abs().max()))
@@ -220,12 +219,12 @@ def undisturbed(folder, tmp_path_factory):
 def test_a_fault_in_one_process_ends_all_at_once(fault, folder, undisturbed, tmp_path):
     out = tmp_path / "out"
     before = (
-        "original, n = train.compare, [0]\n"
-        "def compare(policy, *rest):\n"
+        "original, n = train.score_pairs, [0]\n"
+        "def score_pairs(policy, *rest):\n"
         "    n[0] += torch.is_grad_enabled()\n"
         f"    if n[0] == 10: {FAULTS[fault]}\n"
         "    return original(policy, *rest)\n"
-        "train.compare = compare\n"
+        "train.score_pairs = score_pairs\n"
     )
     started = time.monotonic()
     codes, logs = run_many(argv_of(folder, out, "--save-every", 1), tmp_path, before={1: before}, timeout=100)
@@ -318,7 +317,7 @@ def test_a_run_may_be_resumed_by_another_number_of_processes(stopped, resumed, f
 
 def test_what_two_processes_save_is_what_one_would_save(ends):
     states = [torch.load(ends / f"{n} stopped" / "checkpoint.pt", weights_only=True) for n in ("one", "two")]
-    assert states[0]["step"] == states[1]["step"] == 7 and states[0]["identity"] == states[1]["identity"]
+    assert states[0]["step"] == states[1]["step"] == 7 and states[0]["fingerprint"] == states[1]["fingerprint"]
     assert states[0]["method"] == states[1]["method"]
     for part in ("weights", "moments"):
         flat = [dict(walk(state[part])) for state in states]

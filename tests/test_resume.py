@@ -23,6 +23,7 @@ from model import GPT
 from support import toy
 from support.checkpoint import load_model
 from support.flags import resume_command
+from support.kept_pairs import pairs_file_size
 from support.run import fingerprint
 from tests.runs import (
     Run,
@@ -65,10 +66,7 @@ def interrupt() -> None:
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Call `act` in the middle of a step, counted from 0: when its learning rate is asked for.
-
-    A signal is then noticed in the next step, after which the run stops: step + 2 are done.
-    """
+    """Call `act` in a step, counted from 0: when its learning rate is computed. Stopped there, a run did step + 1."""
     original = train.learning_rate
 
     def learning_rate(now, *rest):
@@ -167,21 +165,21 @@ def test_signals_in_made_up_evaluations_lose_nothing(folder, undisturbed, tmp_pa
 
 
 def test_a_signal_in_the_middle_of_one_long_call_is_answered_at_once(folder, tmp_path):
+    """Python runs no handler during one call, such as a backward pass. This one ends when the answer is in the log."""
     log = tmp_path / "log"
-    before = (  # a call during which Python runs no handler, as in a backward pass; it ends once the answer is there
-        "original = train.score_pairs\n"
-        "def score_pairs(*args):\n"
-        "    if torch.is_grad_enabled():\n"
-        "        os.kill(os.getpid(), 15)\n"
-        f"        print('waited', ctypes.PyDLL(None).system(b'for i in $(seq 300); do grep -q stopping \"{log}\" && exit 7; sleep 0.1; done') >> 8)\n"
-        "    return original(*args)\n"
+    shell = f"kill -TERM $PPID; for i in $(seq 300); do grep -q stopping {log} && exit 7; sleep 0.1; done"
+    before = (
         "import ctypes\n"
+        "original, calls = train.score_pairs, []\n"
+        "def score_pairs(*args):\n"
+        "    calls.append(torch.is_grad_enabled())\n"
+        f"    if sum(calls) == 1: print('exit', ctypes.CDLL(None).system({shell.encode()!r}) >> 8)\n"
+        "    return original(*args)\n"
         "train.score_pairs = score_pairs\n"
     )
-    process = Run(argv_of(folder, tmp_path / "out", "--steps", 3), log, before=before.replace("PyDLL", "CDLL"))
-    assert process.wait() == 130
-    assert "stopping after this step (press again to stop now)" in process.log
-    assert re.findall(r"waited (\d)", process.log)[0] == "7" and "stopped after step 1" in process.log
+    code, said = run(argv_of(folder, tmp_path / "out"), tmp_path, before=before, log=log)
+    assert code == 130 and "exit 7\n" in said and "stopped after step 1;" in said
+    assert said.count("stopping after this step (press again to stop now)") == 1
 
 
 class Killed(BaseException):
@@ -338,7 +336,7 @@ def test_a_signal_before_training_is_one_line(where, number, folder, tmp_path, c
     owner = {"load_pairs": support.data, "toy": toy}.get(where, train)
     monkeypatch.setattr(owner, "make_problem" if where == "toy" else where, act)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    code, said = ended([] if where == "toy" else argv_of(folder, tmp_path / "out"), capsys, lines=0)
+    code, said = ended([] if where == "toy" else argv_of(folder, tmp_path / "out"), capsys)
     assert (code, said) == (130, "train.py: interrupted")
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
@@ -579,7 +577,7 @@ def stopped(folder):
     with pytest.MonkeyPatch.context() as m:
         torch.set_num_threads(1)
         m.setitem(sys.modules, "matplotlib.figure", None)
-        at_step(m, 5, interrupt)
+        at_step(m, 6, interrupt)
         assert train.main(argv_of(folder, out, "--eval-every", 5)) == 130
     return out
 
@@ -822,8 +820,11 @@ def mounted(tmp_path):
 def test_what_a_run_needs_of_the_disk_counts_what_it_replaces(saves, each, folder, tmp_path, monkeypatch, capsys):
     out, need = tmp_path / "out", each * sum(p.numel() for p in load_model(folder / "model").parameters())
 
+    need += pairs_file_size(pairs_of([*id_rows(31), *id_rows(7, seed=1)]))
+
     def usage(path):
-        used = sum(x.stat().st_size for x in (out / "checkpoint.pt", out / "model/model.safetensors") if x.exists())
+        replaced = (out / "checkpoint.pt", out / "pairs.npz", out / "model/model.safetensors")
+        used = sum(x.stat().st_size for x in replaced if x.exists())
         return shutil._ntuple_diskusage(0, 0, room - used)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
@@ -867,42 +868,69 @@ def test_flags_json_is_that_of_the_run_that_lies_there(folder, own, tmp_path):
     assert train.main(argv_of(folder, out, "--steps", 1, "--resume", "--lr", 3e-3, "--save-every", 1)) == 0
     assert lr() == 3e-3
     (out / "flags.json").unlink()
+    shutil.rmtree(out / "model")
     assert train.main(argv_of(folder, out, "--steps", 1, "--resume", "--lr", 3e-3)) == 0 and lr() == 3e-3
 
 
 class Words:
-    """What `real_job` asks of a tokenizer, for rows of token ids."""
+    """What `checkpoint_job` asks of a tokenizer, for rows of token ids."""
 
     bos_length = staticmethod(lambda ids: 0)
     decode = staticmethod(lambda ids: " ".join(map(str, ids)))
 
 
-def test_a_resumed_run_keeps_its_flags_date_and_ends_answers_as_the_data_do(folder, own, tmp_path, monkeypatch):
-    model, words, ends = Path(shutil.copytree(folder / "model", tmp_path / "model")), Words(), set()
+def test_a_resumed_run_keeps_its_flags_and_ends_answers_as_the_data_do(folder, own, tmp_path, monkeypatch):
+    model, ends = Path(shutil.copytree(folder / "model", tmp_path / "model")), set()
     (model / "tokenizer.json").write_text("{}")
     os.utime(own / "flags.json", (1e9, 1e9))
-    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: words)
+    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: Words())
     generate = GPT.generate
     monkeypatch.setattr(GPT, "generate", lambda *a, eos, **k: ends.add(eos) or generate(*a, eos=eos, **k))
     before = (own / "flags.json").read_bytes()
     argv = argv_of(folder, own, "--resume", "--eval-every", 4, "--samples", 1, model=str(model))
     assert train.main(argv) == 0
-    assert words.now.timestamp() == 1e9 == (own / "flags.json").stat().st_mtime
-    assert (own / "flags.json").read_bytes() == before
+    assert (own / "flags.json").stat().st_mtime == 1e9 and (own / "flags.json").read_bytes() == before
     lasts = [json.loads(line)["chosen"][-1] for line in (folder / "ids.jsonl").read_text().splitlines()]
     assert len(ends) == 1 and lasts.count(*ends) == max(map(lasts.count, lasts))
 
 
-def test_a_run_that_starts_again_before_its_first_checkpoint_takes_the_new_date(folder, own, tmp_path, monkeypatch):
-    model, words = Path(shutil.copytree(folder / "model", tmp_path / "model")), Words()
+@pytest.mark.parametrize("plot", [True, False])
+def test_a_real_run_ends_in_a_table_answers_and_what_was_written(plot, folder, tmp_path, monkeypatch, capsys):
+    model = Path(shutil.copytree(folder / "model", tmp_path / "model"))
     (model / "tokenizer.json").write_text("{}")
-    (own / "checkpoint.pt").unlink()
-    flags = json.loads((own / "flags.json").read_text())
-    (own / "flags.json").write_text(json.dumps(flags | {"save_every": 1}))
-    os.utime(own / "flags.json", (1e9, 1e9))
-    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: words)
-    assert train.main(argv_of(folder, own, "--resume", "--steps", 1, "--samples", 0, model=str(model))) == 0
-    assert not hasattr(words, "now") and (own / "flags.json").stat().st_mtime > 1e9
+    monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: Words())
+    drawn = []
+    monkeypatch.setattr(support.run, "draw", lambda lines, path: drawn.append((lines, path)) or plot)
+    out = tmp_path / "out"
+    methods, after_step = [], train.EpsDPO.after_step
+    monkeypatch.setattr(train.EpsDPO, "after_step", lambda self, *a: methods.append(self) or after_step(self, *a))
+    assert train.main(argv_of(folder, out, "--samples", 2, model=str(model))) == 0
+    said, lines = capsys.readouterr().out, read_metrics(out)
+    first, last = (x for x in lines if "eval/loss" in x)
+    for name, key in (
+        *(("accuracy", "rewards/accuracies"), ("reward margin", "rewards/margins"), ("loss", "loss"), ("KL", "kl")),
+    ):
+        a, b = first[f"eval/{key}"], last[f"eval/{key}"]
+        assert re.search(rf"^held-out {name} +{a:.4f} +{b:.4f}$", said, re.M), name
+    assert re.search(rf"^β +{0.1:.4f} +{methods[-1].beta:.4f}$", said, re.M)
+    assert methods[-1].beta != steps_of(lines)[-1]["beta"]
+    rows = [json.loads(line) for line in (folder / "held.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        text = {key: " ".join(map(str, row[key])) for key in ("prompt", "chosen")}
+        assert f"\nprompt:  {text['prompt']}\nchosen:  {text['chosen']}\nbefore:  " in said
+    before, after = (re.findall(rf"^{when}: +(.*)$", said, re.M) for when in ("before", "after"))
+    for found, weights in ((before, model), (after, out / "model")):
+        wanted = load_model(weights).generate([row["prompt"] for row in rows[:2]], 64, eos=eos_of(folder))
+        assert found == [" ".join(map(str, ids)) for ids in wanted]
+    assert before != after
+    assert f"wrote {out}: " in said and "model/ (loads in transformers), metrics.jsonl" in said
+    assert ("run.svg" in said) == plot and ("pip install -e '.[plot]'" in said) != plot
+    assert [path for _, path in drawn] == [out / "run.svg"]
+
+
+def eos_of(folder: Path) -> int:
+    lasts = [json.loads(line)["chosen"][-1] for line in (folder / "ids.jsonl").read_text().splitlines()]
+    return max(dict.fromkeys(lasts), key=lasts.count)
 
 
 def test_a_disk_too_small_is_refused_before_training_time_is_spent(folder, mounted, capsys):
