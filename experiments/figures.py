@@ -78,8 +78,9 @@ def toy_run(figure: Figure) -> None:
     ends["optimum at β 0.5"] = [toy.optimum(problem().ref_logp, problem().world.reward, 0.5)]
     for (name, point), color in zip(reward_against_kl(left, ends).items(), (BLUE, ORANGE, "black", GREY)):
         left.plot(*point, "o", color=color)
-        below = (0, 8) if name[:3] == "opt" else (8, -12)
-        left.annotate(name, point[:, 0], below, color=color, textcoords="offset points", ha="right" if below[0] == 0 else "left")
+        above = name.startswith("optimum")
+        where = {"xytext": (0, 8), "ha": "right"} if above else {"xytext": (8, -12), "ha": "left"}
+        left.annotate(name, point[:, 0], color=color, textcoords="offset points", **where)
     left.annotate("best possible at this KL", (0.35, 0.62), color=GREY)
     for name, epsilon, color in (("DPO", 0.0, BLUE), ("ε-DPO, ε 0.01", 0.01, ORANGE)):
         right.plot([line["beta"] for line in path(epsilon)[0]], color=color, label=name)
