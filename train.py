@@ -26,7 +26,7 @@ from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next
 from model import GPT
 from support import device, toy
 from support.cached_reference import CachedReference
-from support.checkpoint import load_model, read_config
+from support.checkpoint import check_model, load_model, read_config
 from support.data import read_pairs, show_pairs
 from support.device import autocast, clip_gradient, loss_scales, my_micro_batches, rank_and_world, sum_over_processes
 from support.flags import Like, OfJob, fill_in, flag, one_line_errors, parse_flags, resume_command
@@ -69,11 +69,9 @@ class Flags:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     clip: float = flag(1.0, "clip the gradient norm to this value", "(0, inf]")
     weight_decay: float = flag(0.0, "AdamW weight decay", "[0, inf)")
-    max_length: int = flag(2048, "tokens of a prompt and one response", "[2, inf)")
-    max_prompt_length: int | None = flag(
-        None, "tokens of a prompt that is cut; by default half of --max-length", "[1, inf)"
-    )
-    skip_bad_rows: bool = flag(False, "skip and count rows that cannot be used, instead of stopping at the first")
+    max_length: int = flag(2048, "tokens of a prompt and one response", "[2, inf)", needs="model")
+    max_prompt_length: int | None = flag(None, "tokens a cut prompt keeps, if not half", "[1, inf)", needs="model")
+    skip_bad_rows: bool = flag(False, "skip and count bad rows, instead of stopping at the first", needs="model")
     dtype: str = flag("float32", "16 bits: autocast over float32 weights", "float32 | float16 | bfloat16")
     device: str = flag("auto", "auto (a GPU if there is one), cpu or cuda")
     seed: int = flag(0, "order of the pairs; also the toy world", "[0, inf)")
@@ -81,7 +79,7 @@ class Flags:
     save_every: int = flag(0, "write a checkpoint every N steps and at the end, for --resume", "[0, inf)")
     resume: bool = flag(False, "continue the run in --out, with the same flags; --data is not needed again")
     overwrite: bool = flag(False, "replace the run in --out")
-    samples: int = flag(2, "how many held-out prompts to answer before and after training", "[0, inf)")
+    samples: int = flag(2, "how many held-out prompts to answer before and after training", "[0, inf)", "model")
     show: int = flag(0, "print N pairs as the model sees them, and stop", "[0, inf)", needs="data")
     given: frozenset[str] = frozenset()  # the flags that the command line sets
 
@@ -93,6 +91,9 @@ class Flags:
             (self.model and not self.data and not self.resume, "--model also needs --data (preference files)"),
             (self.model and not self.out and not self.show, "a run on real data needs --out (a folder)"),
             (self.resume and self.overwrite, "expected either --resume or --overwrite, got both"),
+            (self.given >= {"steps", "epochs"}, "expected either --steps or --epochs, got both"),
+            (self.given >= {"eval_data", "eval_size"}, "expected either --eval-data or --eval-size, got both"),
+            (self.eval_every and not self.eval_data and not self.eval_size, "--eval-every needs held-out pairs"),
             (self.max_prompt_length >= self.max_length, "--max-prompt-length must be below --max-length"),
             (not self.model and self.eval_size > 10**6, "--eval-size must be at most 1000000 for the toy"),
         ):
@@ -334,7 +335,10 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
     if run.finished:
         return
     problem = toy.make_problem(flags.seed, eval_pairs=flags.eval_size, device=where)
-    print(f"toy world {flags.seed}: a reference {problem.distance:.4f} nats from the language that it learned")
+    print(
+        f"toy world {flags.seed}: 5 prompts with {len(problem.world.responses)} responses each, all of them listed\n"
+        f"reference: a small GPT, {problem.distance:.4f} nats from the language that it learned"
+    )
     policy, plain = copy.deepcopy(problem.reference), copy.deepcopy(problem.reference)
     lines = train(policy, problem.reference, problem.pairs, flags, eval_pairs=problem.eval_pairs, run=run)
     run.finish()
@@ -349,9 +353,11 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     config, folder, one_process = read_config(flags.model), Path(flags.model), rank_and_world()[1] == 1
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if flags.show:
-        return show_pairs(
-            flags.data, flags.show, tokenizer, config.vocab_size, flags.max_length, flags.max_prompt_length
-        )
+        check_model(folder)  # what cannot train should not pass here
+        lengths = flags.max_length, flags.max_prompt_length
+        for text in show_pairs(flags.data, flags.show, tokenizer, config.vocab_size, *lengths):
+            print(f"\n{text}")
+        return
     if flags.cache_reference and not one_process:
         raise ValueError("--cache-reference needs one process")
     run = Run(Path(flags.out), flags, command)
@@ -359,12 +365,13 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
         return
     pairs, eval_pairs = run.saved_pairs(config.vocab_size) or read_pairs(flags, tokenizer, config)
     policy = load_model(folder, device=where, prepare=device.shard)
-    print(forecast(policy, pairs, eval_pairs, flags))
-    if flags.cache_reference:
+    reference = None
+    if not flags.cache_reference:
+        reference = load_model(folder, device=where, prepare=device.shard, keep_16_bit=True)
+    print(forecast(policy, reference, pairs, eval_pairs, flags))
+    if reference is None:
         cached = flags.cache_reference, flags.dtype, flags.micro_tokens
         reference = CachedReference(policy, [*pairs, *eval_pairs], *cached)
-    else:
-        reference = load_model(folder, device=where, prepare=device.shard)
     prompts = eval_pairs[: flags.samples] if tokenizer and one_process else []
     before = answers(policy, prompts, pairs)
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, run=run)

@@ -1,13 +1,13 @@
-"""What a training step costs, measured side by side: `python -m experiments.bench --model DIR --data FILE.jsonl`.
+"""Measure the cost of a training step: `python -m experiments.bench --model DIR --data FILE.jsonl`
 
     ours     train.py's step with ε > 0
-    cached   the same with the reference's hidden states from a file (--cache-reference), made before the clock starts
-    dpo      the same step as plain DPO: its head computes log-probabilities and never forms the difference of logits
-    usual    two padded sequences a pair, logits of all their tokens, three log-softmaxes (and the reference's)
+    cached   the same with a --cache-reference file, which is made before the clock starts
+    dpo      the same step as plain DPO: the head computes log-probabilities and never the difference of logits
+    usual    two padded sequences per pair, logits of all their tokens, three log-softmaxes (and the reference's)
     trl      TRL's DPOTrainer (plain DPO), where trl is installed
 
-Each measurement is a process of its own (so that its peak memory is its own), and the ways take turns, so that a slow
-minute of the machine hits all. Without --model, a model of --shape with random weights and pairs of random ids.
+Each measurement has a process of its own, so that peak memory is measured for it alone. The ways take turns, so that a
+slow minute of the machine affects all. Without --model: random weights of --shape, and pairs of random ids.
 """
 
 import argparse
@@ -29,8 +29,10 @@ from torch import Tensor
 import train
 from epsdpo import EpsDPOLoss, TokenStats, _LinearTokenStats, epsdpo_loss, linear_token_stats, perturbed_logits
 from model import GPT
+from support.cached_reference import CachedReference
 from support.checkpoint import load_model, read_config, resolve
 from support.data import load_pairs
+from support.device import autocast, keep_freed_memory, memory_gb, my_micro_batches
 from support.rows import Pair, collate, row_length
 from support.text import Tokenizer
 
@@ -41,36 +43,39 @@ SHAPE = "vocab_size=2048,hidden_size=128,intermediate_size=384,num_hidden_layers
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder")
-    parser.add_argument("--data", help="preference file; its first --pairs usable pairs are taken")
+    parser.add_argument("--data", help="preference file; its first --pairs usable pairs are used")
     parser.add_argument("--shape", default=SHAPE, help="config.json's keys of a random model [%(default)s]")
     parser.add_argument("--lengths", default="128,64,64", help="tokens of random prompts and responses [%(default)s]")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--batch", type=int, default=2, help="pairs in an optimizer step [2]")
-    parser.add_argument("--micro-tokens", type=int, default=512, help="of ours and dpo [512]")
+    parser.add_argument("--micro-tokens", type=int, default=512, help="tokens in a forward pass of ours and dpo [512]")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 [float32]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS), help="[%(default)s]")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # the way that this process measures
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # internal: the way to measure in this process
     return parser.parse_args(argv)
 
 
 def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
-    """The pairs, and how to make a model."""
+    """The pairs, and a function that makes a model."""
     if args.model:
         config, tokenizer = read_config(args.model), Tokenizer.from_pretrained(args.model)
         rules = {"vocab_size": config.vocab_size, "max_length": args.max_length, "skip_bad_rows": True}
         pairs = load_pairs([args.data], tokenizer, progress=False, **rules)[0]
-        return pairs[: args.pairs], lambda: load_model(args.model, device=args.device)
+        return pairs[: args.pairs], lambda **options: load_model(args.model, device=args.device, **options)
     shape = {key: json.loads(value) for key, value in (item.split("=") for item in args.shape.split(","))}
     config = resolve({"model_type": "llama"} | shape)
-    sizes, dice = [int(n) for n in args.lengths.split(",")], torch.Generator().manual_seed(0)
-    ids = [
-        [torch.randint(config.vocab_size, (n,), generator=dice).int().numpy() for n in sizes] for _ in range(args.pairs)
-    ]
+    generator = torch.Generator().manual_seed(0)
 
-    def random_model() -> GPT:
+    def random_ids(n: int):
+        return torch.randint(config.vocab_size, (n,), generator=generator).int().numpy()
+
+    sizes = [int(n) for n in args.lengths.split(",")]
+    ids = [[random_ids(n) for n in sizes] for _ in range(args.pairs)]
+
+    def random_model(keep_16_bit: bool = False) -> GPT:
         torch.manual_seed(0)
         with torch.device(args.device):
             return GPT(config)
@@ -79,7 +84,7 @@ def work(args: argparse.Namespace) -> tuple[list[Pair], Callable[[], GPT]]:
 
 
 class LogpsAlone(_LinearTokenStats):
-    """The head of plain DPO: two log-softmaxes of the labels, chunk by chunk; the gradient is inherited."""
+    """Plain DPO's head: two log-softmaxes, chunk by chunk. The backward pass is inherited."""
 
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
@@ -93,8 +98,9 @@ class LogpsAlone(_LinearTokenStats):
                 chunks.append(ctx.last_logits.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1))
             return torch.cat(chunks)
 
-        with torch.autocast(hidden.device.type, enabled=False):
-            ref_logp, logp = logps(ref_hidden, ref_weight), logps(hidden, weight)  # the policy's are kept
+        with torch.autocast(hidden.device.type, enabled=False):  # the policy last: backward needs its logits
+            ref_logp = logps(ref_hidden, ref_weight)
+            logp = logps(hidden, weight)
         ctx.mark_non_differentiable(ref_logp)
         return logp, ref_logp
 
@@ -102,7 +108,7 @@ class LogpsAlone(_LinearTokenStats):
 def logps_alone(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size=256) -> TokenStats:
     logp, ref_logp = LogpsAlone.apply(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size)
     zero = torch.zeros_like(ref_logp, dtype=torch.float64)
-    return TokenStats(logp, ref_logp.double(), zero, zero, zero, zero)
+    return TokenStats(logp, ref_logp.double(), zero, zero, zero)
 
 
 def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags) -> EpsDPOLoss:
@@ -114,7 +120,7 @@ def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flag
         tokens[i, : len(x) + len(y)] = torch.tensor([*x, *y])
         mask[i, len(x) : len(x) + len(y)] = 1
     tokens, mask = tokens.to(device), mask[:, 1:].to(device)
-    with train.bodies_in(flags.dtype, device):
+    with autocast(flags.dtype, device):
         logits = policy(tokens)[:, :-1]  # (2B, T-1, V)
         with torch.no_grad():
             ref_logits = reference(tokens)[:, :-1]
@@ -131,19 +137,19 @@ def usual_loss(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flag
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds a pair and peak memory of one way, after one step to warm up."""
+    """Seconds per pair and peak memory of one way, after one warm-up step."""
     pairs, make = work(args)
     if args.one == "trl":
         return measure_trl(args, pairs)
     if args.one != "usual":
-        train.keep_freed_memory()
+        keep_freed_memory()
     policy, flags = make(), train.Flags(beta=0.1, micro_tokens=args.micro_tokens, dtype=args.dtype)
     if args.one == "cached":
-        flags.cache_reference = tempfile.mkdtemp()
-        reference = train.CachedReference(policy, pairs, flags)
-        shutil.rmtree(flags.cache_reference)  # what is mapped stays readable
+        folder = tempfile.mkdtemp()
+        reference = CachedReference(policy, pairs, folder, args.dtype, args.micro_tokens)
+        shutil.rmtree(folder)  # the mapped file stays readable
     else:
-        reference = make().requires_grad_(False)
+        reference = make(keep_16_bit=True).requires_grad_(False)
     method = train.EpsDPO(0.1, 0.01, 0.0 if args.one == "dpo" else 0.01)
     train.linear_token_stats = logps_alone if args.one == "dpo" else linear_token_stats
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
@@ -163,7 +169,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         elif args.one == "usual":
             usual_loss(policy, reference, batch, flags).loss.backward()
         else:
-            train.accumulate(policy, reference, batch, method, flags)
+            groups = my_micro_batches(batch, flags.micro_tokens)
+            train.run_batch(policy, reference, groups, len(batch), method, flags)
         timed("clip", torch.nn.utils.clip_grad_norm_, policy.parameters(), 1.0)
         timed("optimizer", optimizer.step)
         optimizer.zero_grad()
@@ -174,24 +181,21 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for i in range(0, len(pairs), args.batch):
         step(pairs[i : i + args.batch])
     synchronize(args)
-    found = {
-        "seconds": (time.perf_counter() - started) / len(pairs),
-        "memory": train.memory_gb(torch.device(args.device)),
-    }
-    found["parameters"], found["rate"] = train.count(policy), matmul_rate(args)
+    found = {"seconds": (time.perf_counter() - started) / len(pairs)} | memory_gb(torch.device(args.device))
+    found["parameters"], found["rate"] = sum(p.numel() for p in policy.parameters()), matmul_rate(args)
     return found | {part: seconds / len(pairs) for part, seconds in parts.items()}
 
 
 def in_parts(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags, timed: Callable) -> None:
-    """A step of ours taken apart; the head runs both with ε and as plain DPO's, on the same hidden states."""
+    """Time the parts of our step. The head runs with ε and as plain DPO's, on the same hidden states."""
 
     def keep(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
 
-    for group in train.my_share(pairs, flags.micro_tokens):
+    for group in my_micro_batches(pairs, flags.micro_tokens):
         batch = collate(group).to(next(policy.parameters()).device)
         where = (batch.tokens, batch.positions, batch.segments, batch.source, keep)
-        with train.bodies_in(flags.dtype, batch.tokens.device):
+        with autocast(flags.dtype, batch.tokens.device):
             with torch.no_grad():
                 ref = timed("reference", reference, *where)
             now = timed("policy", policy, *where)
@@ -230,7 +234,7 @@ def measure_trl(args: argparse.Namespace, pairs: list[Pair]) -> dict[str, float]
         models[0], models[1], config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
     )
     trainer.train()
-    return {"seconds": (marks[-1] - marks[0]) / len(pairs), "memory": train.memory_gb(torch.device(args.device))}
+    return {"seconds": (marks[-1] - marks[0]) / len(pairs)} | memory_gb(torch.device(args.device))
 
 
 def synchronize(args: argparse.Namespace) -> None:
@@ -239,7 +243,7 @@ def synchronize(args: argparse.Namespace) -> None:
 
 
 def matmul_rate(args: argparse.Namespace) -> float:
-    """FLOP/s of a square matmul in the dtype that is measured: the best of five."""
+    """FLOP/s of a square matmul in the measured dtype, the best of five."""
     size = 2048 if args.device == "cpu" else 8192
     a = torch.rand(size, size, device=args.device, dtype=getattr(torch, args.dtype))
     times = []
@@ -276,12 +280,12 @@ def main() -> None:
     for way in ways:
         ratios = [a / b for a, b in zip(of["ours"], of[way])] if "ours" in of else [math.nan]
         share = 8 * parts[0]["parameters"] * tokens / median(of[way]) / rate
-        memory = median(r["memory"] for r in results[way])
+        memory = median(r["memory_gb"] for r in results[way])
         speed = f"{spread(of[way])} | {tokens / median(of[way]):.0f}"
         print(f"| {way} | {speed} | {memory:.2f} | {spread(ratios)} | {share:.0%} |")
     print("\n| part of ours | s/pair |\n|---|---|")
     for name in [
-        name for name in parts[0] if name not in ("seconds", "memory", "rate", "parameters", "head without ε")
+        name for name in parts[0] if name not in ("seconds", "memory_gb", "rate", "parameters", "head without ε")
     ]:
         print(f"| {name} | {spread([r[name] for r in parts])} |")
     own = [r["head with ε"] - r["head without ε"] for r in parts]

@@ -1,7 +1,7 @@
-"""ε-DPO beside its peers on exact toy worlds: `python -m experiments.compare [QUESTION…] [--quick]`
+"""Compare ε-DPO with other methods on exact toy worlds: `python -m experiments.compare [QUESTION…] [--quick]`
 
-Questions 1, 2, 3, 5, 6 and 7 of experiments/README.md. Finished runs are kept in out/compare, a small JSON file each,
-keyed by its settings; tables are printed; figures (`plot` extra) and their numbers go to experiments/results.
+Answers questions 1, 2, 3, 5, 6 and 7 of experiments/README.md. Each finished run is saved in out/compare as a small
+JSON file named by its settings. Tables are printed; their numbers and figures (`plot` extra) go to experiments/results.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from epsdpo import beta_steps, epsdpo_loss, perturbed_logits
 from experiments import peers
-from model import GPT, Config
+from model import GPT
 from support import toy
 from support.rows import Pair
-from train import TOY_MODEL, TOY_SCALE, EpsDPO, Flags, train
+from train import EpsDPO, Flags, train
 
 CACHE, RESULTS = Path("out/compare"), Path(__file__).parent / "results"
-WORLDS = {  # pairs, share of labels flipped, epochs, pairs in a batch
+WORLDS = {  # pairs, share of labels flipped, epochs, batch size
     "easy": (4096, 0.0, 1, 32),
-    "hard": (512, 0.2, 8, 32),  # few pairs, seen often, a fifth of them wrong
+    "hard": (512, 0.2, 8, 32),
     "small batches": (2048, 0.0, 1, 16),
     "too long": (2048, 0.0, 10, 16),
     "quick": (32, 0.2, 2, 16),
@@ -45,37 +45,45 @@ WORLDS = {  # pairs, share of labels flipped, epochs, pairs in a batch
 
 
 class Variant(EpsDPO):
-    """ε-DPO with another way to choose steps or β, or another method's loss; notes what a step saw in `seen`."""
+    """ε-DPO with steps or β chosen in another way, or the loss of `peer`. `seen` records what each step looked like."""
 
     def __init__(self, kind: str, epsilon_check: float, epsilon_step: float, betas: list[float], peer=None):
         super().__init__(betas[0], epsilon_check, epsilon_step)
-        self.kind, self.betas, self.peer, self.mean = kind, betas, peer, 0.0
-        self.of_pair, self.seen = defaultdict(lambda: betas[0]), []
+        self.kind, self.betas, self.peer = kind, betas, peer
+        self.mean = 0.0  # β-DPO's running mean of reward margins
+        self.of_pair = defaultdict(lambda: betas[0])  # kind "carried": a β for each pair
+        self.seen = []
 
     def loss(self, chosen, rejected, batch):
         margin = torch.sub(*peers.log_ratios(chosen, rejected))
         out, now = epsdpo_loss(chosen, rejected, self.beta, self.epsilon_step), margin.detach()
-        check, zero = out.step, torch.zeros_like(now)
-        if self.kind in ("sign", "shuffled"):  # sign(margin) for the check; or its own steps, each for another pair
-            step = now.sign() if self.kind == "sign" else check[torch.randperm(len(check))].double()
-            moved = (x._replace(delta_minus=d, delta_plus=-d) for x, d in ((chosen, step), (rejected, zero)))
-            out = epsdpo_loss(*moved, self.beta, self.epsilon_step)
-        if self.kind == "carried":  # every pair goes on from its own β, and there is no common one
+        own = out.step
+        if self.kind in ("sign", "shuffled"):  # the margin's sign as the step, or each step given to another pair
+            step = now.sign() if self.kind == "sign" else own[torch.randperm(len(own))].double()
+            chosen_then = chosen._replace(delta_minus=step, delta_plus=-step)
+            rejected_then = rejected._replace(delta_minus=0 * step, delta_plus=0 * step)
+            out = epsdpo_loss(chosen_then, rejected_then, self.beta, self.epsilon_step)
+        if self.kind == "carried":  # each pair continues from its own β; there is no common one
             names = [row[part >= 0].numpy().tobytes() for row, part in zip(batch.tokens, batch.segments)]
             for name, factor in zip(names, (out.beta / self.beta).tolist()):
                 self.of_pair[name] *= factor
             beta = torch.tensor([self.of_pair[name] for name in names], dtype=torch.float64)
             out = out._replace(losses=peers.dpo(margin, beta), beta=beta)
-        out = self.peer.loss(chosen, rejected, batch) if self.peer else out
-        self.mean = 0.9 * self.mean + 0.1 * self.betas[0] * float(now.mean())
-        theirs = peers.dynamic_beta(now, self.mean, self.betas[0], 0.6) - self.betas[0]  # β-DPO's move of each β
-        means = torch.stack([x.double().mean() for x in (now, check, out.beta, now > 0)]).tolist()
-        line = dict(zip(("margin", "step", "beta", "accuracy"), means))
-        line["opposite"] = float(((check * theirs)[check != 0] > 0).double().mean())  # +1 lowers β
-        for name, move in (("ours", -check.double()), ("theirs", theirs)):
-            line[f"correlation_{name}"] = float(torch.corrcoef(torch.stack([now, move]))[0, 1])
-        self.seen.append(line)
+        if self.peer:
+            out = self.peer.loss(chosen, rejected, batch)
+        self.note(now, own, out.beta)
         return out
+
+    def note(self, margin: Tensor, own: Tensor, beta: Tensor) -> None:
+        """Record a batch: means, and how ε-DPO's own steps and β-DPO's moves of β relate to the margins."""
+        self.mean = 0.9 * self.mean + 0.1 * self.betas[0] * float(margin.mean())
+        theirs = peers.dynamic_beta(margin, self.mean, self.betas[0], 0.6) - self.betas[0]
+        means = torch.stack([x.double().mean() for x in (margin, own, beta, margin > 0)]).tolist()
+        line = dict(zip(("margin", "step", "beta", "accuracy"), means))
+        line["opposite"] = float(((own * theirs)[own != 0] > 0).double().mean())  # step +1 lowers β
+        for name, move in (("ours", -own.double()), ("theirs", theirs)):
+            line[f"correlation_{name}"] = float(torch.corrcoef(torch.stack([margin, move]))[0, 1])
+        self.seen.append(line)
 
     def after_step(self, sums, policy, reference):
         if self.kind == "path":
@@ -87,29 +95,23 @@ class Variant(EpsDPO):
 
 
 @cache
-def world_of(name: str, seed: int) -> tuple[toy.World, GPT, Tensor, list[Pair]]:
-    """World, reference, its log-probabilities and the pairs; the reference is fitted once for each seed."""
-    world, file = toy.World(seed), CACHE / f"reference-{seed}{'-quick' * (name == 'quick')}.pt"
-    torch.manual_seed(seed)
-    reference = GPT(Config(**TOY_MODEL))
-    if not file.exists():
-        toy.fit_reference(reference, world, 30 if name == "quick" else 300, seed)
-        torch.save(reference.state_dict(), file.with_suffix(f".{os.getpid()}"))
-        os.replace(file.with_suffix(f".{os.getpid()}"), file)
-    reference.load_state_dict(torch.load(file, weights_only=True))
-    logp, (n, noise, *_) = world.list_logps(reference), WORLDS[name]
-    prompt, chosen, rejected = toy.sample_pairs(logp, world.reward, n, TOY_SCALE, seed)
-    flip = torch.rand(n, generator=torch.Generator().manual_seed(seed + 1)) < noise
-    rows = zip(prompt.tolist(), *(torch.where(flip, *two).tolist() for two in ((rejected, chosen), (chosen, rejected))))
-    pairs = [Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l), "toy") for x, w, l in rows]
-    return world, reference, logp, pairs
+def problem_of(seed: int) -> toy.Problem:
+    return toy.make_problem(seed, pairs=4096, eval_pairs=0)
+
+
+def pairs_of(world: str, seed: int) -> list[Pair]:
+    """The first pairs of the seed's problem. In a share of them, drawn at random, the wrong response is chosen."""
+    n, share, *_ = WORLDS[world]
+    flipped = np.random.default_rng(seed).random(n) < share
+    pairs = zip(problem_of(seed).pairs, flipped)
+    return [pair._replace(chosen=pair.rejected, rejected=pair.chosen) if wrong else pair for pair, wrong in pairs]
 
 
 def method_of(setting: dict, policy: GPT, reference: GPT):
     kind, beta, epsilon = setting["method"], setting["beta"], setting.get("epsilon", 0.01)
     rest = {name: setting[name] for name in ("alpha", "tau", "m", "share", "instance") if name in setting}
     betas = [beta]
-    if kind in ("replay", "decay"):  # of ε-DPO's run with the same settings
+    if kind in ("replay", "decay"):  # the path of β of ε-DPO's run with the same settings, or its exponential
         betas = run(setting | {"method": "ε-DPO"})["betas"]
         if kind == "decay":
             betas = [beta * (betas[-1] / beta) ** (i / (len(betas) - 1)) for i in range(len(betas))]
@@ -127,7 +129,7 @@ def method_of(setting: dict, policy: GPT, reference: GPT):
 
 
 def kept(file: Path, make: Callable, *args):
-    """What `make(*args)` gives, or gave before: it is kept in `file`, whole or not at all."""
+    """Return `make(*args)`, or what an earlier call saved in `file`. The file is written completely or not at all."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
@@ -137,7 +139,7 @@ def kept(file: Path, make: Callable, *args):
 
 
 def run(setting: dict) -> dict:
-    """What a run gave: the exact report of its policy, its path of β, what it saw. From the cache if it is there."""
+    """A run's exact report, its path of β and what its steps looked like; from the cache if it was run before."""
     key = json.dumps(setting, sort_keys=True, ensure_ascii=False)
     return kept(CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json", run_anew, setting)["result"]
 
@@ -146,26 +148,27 @@ def run_anew(setting: dict) -> dict:
     if setting["method"] == "table":
         result = of_table(**{name: value for name, value in setting.items() if name not in ("method", "world")})
     else:
-        world, reference, ref_logp, pairs = world_of(setting["world"], setting["seed"])
-        policy, reference = copy.deepcopy(reference), copy.deepcopy(reference)  # TR-DPO moves its reference
+        problem, pairs = problem_of(setting["seed"]), pairs_of(setting["world"], setting["seed"])
+        policy, reference = (copy.deepcopy(problem.reference) for _ in range(2))  # TR-DPO moves its reference
         method = method_of(setting, policy, reference)
         epochs, batch_size = WORLDS[setting["world"]][2:]
         ours = {"epsilon_check": method.epsilon_check, "epsilon_step": method.epsilon_step}
         flags = Flags(seed=setting["seed"], beta=setting["beta"], epochs=epochs, batch_size=batch_size, **ours)
         torch.manual_seed(setting["seed"])
         lines = train(policy, reference, pairs, flags, method)
-        report = toy.report(world.list_logps(policy), ref_logp, world.reward, setting["beta"])
+        world = problem.world
+        report = toy.report(world.list_logps(policy), problem.ref_logp, world.reward, setting["beta"])
         result = report._asdict() | {"betas": [line["beta"] for line in lines], "seen": method.seen}
         result["accuracy"] = lines[-1]["rewards/accuracies"]
     return {"setting": setting, "result": result}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Question 5: a policy that is a table
+# Question 5: a policy given as a table of probabilities
 
 
 def next_logps(world: toy.World, logp: Tensor) -> Tensor:
-    """The next-token log-probabilities at every prefix, in the form that `list_logps` asks of a policy."""
+    """Next-token log-probabilities at every prefix, in the form that `list_logps` expects from a policy."""
     mass = [part.exp() for part in logp.split([world.letters**n for n in range(world.length + 1)], -1)]
     below, levels = mass[-1], []  # P(begins with it) of all texts of n letters
     for n in reversed(range(world.length)):
@@ -178,15 +181,15 @@ def next_logps(world: toy.World, logp: Tensor) -> Tensor:
 
 
 def of_table(seed: int, length: int, epsilon: float, iterations: int, reward: str, scaled: bool) -> dict[str, float]:
-    """How often two estimates of a pair's step are that of policies really trained at β/(1+ε), β, β/(1−ε).
+    """How often two estimates of a pair's step agree with policies really trained at β/(1+ε), β and β/(1−ε).
 
-    All three start at the reference and take the same number of steps down the loss of all pairs, each pair counting
-    as often as the reference draws it; a response's step is divided by its probability and, if `scaled`, by β, as
-    Adam's steps are. 0 iterations stand for the optimum. Rewards are the toy's or random ones, standard normal.
+    All three policies start at the reference and take `iterations` steps of gradient descent on the loss of all pairs;
+    each pair counts as often as the reference draws it. A response's gradient is divided by its probability and, if
+    `scaled`, by β (as Adam does). 0 iterations mean the optimum. reward: "toy", or "random" for standard normal ones.
     """
-    world, beta, dice = toy.World(seed, 3, length), 0.5, torch.Generator().manual_seed(seed)
+    world, beta, generator = toy.World(seed, 3, length), 0.5, torch.Generator().manual_seed(seed)
     ref_logp, r = world.list_logps(world.language), world.reward.double()
-    r = torch.randn(r.shape, generator=dice, dtype=torch.float64) if reward == "random" else r
+    r = torch.randn(r.shape, generator=generator, dtype=torch.float64) if reward == "random" else r
     p, truth = ref_logp.exp(), torch.sigmoid(r[:, :, None] - r[:, None])
 
     def fit(beta: float) -> Tensor:
@@ -200,7 +203,7 @@ def of_table(seed: int, length: int, epsilon: float, iterations: int, reward: st
     tables = next_logps(world, now), next_logps(world, ref_logp)
     token = [world.list_logps(lambda _, s=s: perturbed_logits(*tables, s)) - now for s in (epsilon, -epsilon)]
 
-    def step(minus: Tensor, plus: Tensor) -> Tensor:  # of all pairs (P, N, N); rounding is no step
+    def step(minus: Tensor, plus: Tensor) -> Tensor:  # of all pairs (P, N, N); rounding errors do not count
         both = [x[:, :, None] - x[:, None] for x in (minus, plus)]
         return beta_steps(*(torch.where(x.abs() < 1e-11, 0.0, x) for x in both))
 
@@ -221,7 +224,7 @@ DPO_BETAS = (0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 def questions() -> dict[int, list[dict]]:
-    """The settings of each question, without their seeds."""
+    """The settings of each question, without seeds."""
 
     def grid(method: str, world: str, **lists) -> list[dict]:
         lists = ({"beta": (0.5,)} if world else {}) | lists
@@ -262,7 +265,7 @@ PATH = ["β at the end", "β₀·exp(−ε·n·mean step)", "β₀·exp(−ε·n
 APART = [f"{name} minus ε-DPO's" for name in list(YARDSTICKS)[:2] + ["share"]]
 OPPOSITE = ["ε-DPO's move and margin", "β-DPO's move and margin", "pairs moved apart"]
 RIGHT = ["token right", "margin right"]
-COLUMNS = {  # of the tables; the names of settings that make panels and lines of the figures; their x and y
+COLUMNS = {  # columns of the table; settings that make panels, setting that makes lines, x and y of the figure
     1: ([*YARDSTICKS, "reward minus DPO's at that KL"], ("world",), "method", "KL to reference", "mean reward"),
     2: ([*OPPOSITE, "mean step and mean margin", "β and mean margin"], ("world",), "method", *OPPOSITE[:2]),
     3: ([*YARDSTICKS, PATH[0]], (), "epsilon_step", "epsilon", "mean reward"),
@@ -277,7 +280,7 @@ def name_of(setting: dict, seed: int) -> str:
 
 
 def numbers(setting: dict, seed: int, runs: dict[str, dict]) -> dict[str, float]:
-    """What a run tells, by the names of `COLUMNS`; differences are to ε-DPO's run of the same world, β₀, ε, seed."""
+    """A run's numbers, named as in `COLUMNS`. Differences are to ε-DPO's run with the same world, β₀, ε and seed."""
     result, epsilon = runs[name_of(setting, seed)], setting.get("epsilon", 0.01)
     if setting["method"] == "table":
         return result
@@ -287,13 +290,13 @@ def numbers(setting: dict, seed: int, runs: dict[str, dict]) -> dict[str, float]
     base = runs.get(name_of(base, seed), result)
     found |= {f"{name} minus ε-DPO's": result[key] - base[key] for name, key in YARDSTICKS.items()}
     plain = [runs.get(name_of({"method": "DPO", "world": setting["world"], "beta": beta}, seed)) for beta in DPO_BETAS]
-    if all(plain):  # rewards grow about as the root of the KL: between DPO's runs, a line over it
+    if all(plain):  # reward grows about as the root of KL, so interpolate DPO's runs linearly in that root
         roots, rewards = zip(*sorted((x["kl"] ** 0.5, x["reward"]) for x in plain))
         here = np.interp(result["kl"] ** 0.5, roots, rewards, np.nan, np.nan)
         found["reward minus DPO's at that KL"] = result["reward"] - here
-    names = ("correlation_ours", "correlation_theirs", "opposite")  # each over a batch: means over the steps
+    names = ("correlation_ours", "correlation_theirs", "opposite")  # computed per batch; here the mean over steps
     found |= {name: np.nanmean(seen[key]) for name, key in zip(OPPOSITE, names)}
-    with np.errstate(invalid="ignore"):  # a β that does not move has no correlation
+    with np.errstate(invalid="ignore"):  # a constant β has no correlation
         found["mean step and mean margin"] = np.corrcoef(seen["step"], seen["margin"])[0, 1]
         found["β and mean margin"] = np.corrcoef(seen["beta"], seen["margin"])[0, 1]
     n, rate = len(result["betas"]), setting.get("epsilon_step", epsilon) * (setting["method"] != "DPO")
@@ -302,14 +305,8 @@ def numbers(setting: dict, seed: int, runs: dict[str, dict]) -> dict[str, float]
     return found | dict(zip(PATH, (result["betas"][-1], *laws))) | {"steps": n}
 
 
-def row_of(question: int, setting: dict, seeds: range, runs: dict[str, dict]) -> dict:
-    """A line of a table: means over the seeds, and their standard errors."""
-    each = [numbers(setting, seed, runs) for seed in seeds]
-    return means([setting | {name: x.get(name, math.nan) for name in COLUMNS[question][0]} for x in each], setting)
-
-
 def means(rows: list[dict], same: Collection[str]) -> dict:
-    """Rows of several seeds as one: what is the `same` in all stays, a number becomes its mean and standard error."""
+    """Merge rows of several seeds: columns in `same` are copied, numbers become mean and standard error."""
     found = {name: rows[0][name] for name in same}
     for name in [name for name in rows[0] if name not in same]:
         values = np.array([row[name] for row in rows], float)
@@ -327,25 +324,25 @@ def show(rows: list[dict]) -> None:
 
 
 def write(rows: list[dict], file: Path) -> None:
-    with open(file, "w", newline="") as f:
+    with open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
 
 
 def draw(question: int, rows: list[dict], seeds: range, file: Path) -> None:
-    """Means and standard errors; with the best reward that any policy can have, where it is drawn against KL."""
+    """Draw means with standard errors. Question 1 also shows the best possible reward at each KL."""
     from matplotlib.figure import Figure
 
     from experiments.figures import BLUE, GREEN, GREY, ORANGE
 
     _, by, line, x, y = COLUMNS[question]
-    if question == 5:  # of its settings those of one length and ε
+    if question == 5:  # only the settings with the last row's length and ε
         one = {name: rows[-1][name] for name in ("length", "epsilon")}
         rows = [row for row in rows if row | one == row]
     panels = list(dict.fromkeys(tuple(row.get(name) for name in by) for row in rows))
     names = list(dict.fromkeys(row.get(line, row.get("epsilon")) for row in rows))
-    figure = Figure((4.2 * len(panels), 3.6), layout="constrained", facecolor="white")
+    figure = Figure((max(8.4, 3.6 * len(panels)), 4.2), layout="constrained", facecolor="white")
     colors = (BLUE, ORANGE, GREEN, "#000000", "#CC79A7", "#56B4E9", "#E69F00", GREY)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for name, color, marker in zip(names, colors, "os^Dv<>P"):
@@ -356,19 +353,18 @@ def draw(question: int, rows: list[dict], seeds: range, file: Path) -> None:
             style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1, "label": label}
             axes.errorbar(at, height, tall, wide, **style | ({} if question in (3, 5) else {"linestyle": ""}))
         if question == 1:
-            kls, worlds = np.linspace(0.01, axes.get_xlim()[1], 30), [world_of(*panel, seed) for seed in seeds]
-            best = [np.mean([toy.frontier(w[2], w[0].reward, k) for w in worlds]) for k in kls]
+            kls, problems = np.linspace(0.01, axes.get_xlim()[1], 30), [problem_of(seed) for seed in seeds]
+            best = [np.mean([toy.frontier(p.ref_logp, p.world.reward, k) for p in problems]) for k in kls]
             axes.plot(kls, best, color=GREY, label="best possible")
         if question == 7:
             axes.axline((0.1, 0.1), (0.5, 0.5), color=GREY, label="equal")
             axes.set(xscale="log", yscale="log")
-        if question == 2:  # opposite directions are the upper left
+        if question == 2:  # the upper left means opposite directions
             axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
-            axes.axhline(0, color=GREY, linewidth=0.8)
-            axes.axvline(0, color=GREY, linewidth=0.8)
+            axes.grid(color=GREY, linewidth=0.3)
         of = "correlation of " * (question == 2)
         axes.set(xlabel=of + x, ylabel=of + y, title=", ".join(map(str, panel)))
-    figure.axes[-1].legend(fontsize=7)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(file, metadata={"Date": None})
 
 
@@ -379,11 +375,11 @@ def quiet() -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.split("`")[0])
-    parser.add_argument("asked", type=int, nargs="*", metavar="QUESTION", help=f"of {sorted(COLUMNS)} [all]")
-    parser.add_argument("--quick", action="store_true", help="every method once, a few steps each")
+    parser.add_argument("asked", type=int, nargs="*", metavar="QUESTION", help=f"any of {sorted(COLUMNS)} [all]")
+    parser.add_argument("--quick", action="store_true", help="run every method for a few steps only")
     asked, quick = vars(parser.parse_args(argv)).values()
     if unknown := set(asked) - COLUMNS.keys():
-        parser.error(f"no question {sorted(unknown)}: {sorted(COLUMNS)} are there")
+        parser.error(f"expected questions from {sorted(COLUMNS)}, got {sorted(unknown)}")
     chosen = {number: settings for number, settings in questions().items() if number in (asked or COLUMNS)}
     results, seeds = (CACHE / "quick" if quick else RESULTS), range(2 if quick else 5)
     if quick:
@@ -399,7 +395,11 @@ def main(argv: list[str]) -> None:
             runs[name] = result
             print(f"\r{len(runs)} of {len(todo)} runs", end="", flush=True)
     for number, settings in sorted(chosen.items()):
-        rows = [row_of(number, setting, seeds, runs) for setting in settings]
+        rows = []
+        for setting in settings:
+            each = [numbers(setting, seed, runs) for seed in seeds]
+            columns = [{name: found.get(name, math.nan) for name in COLUMNS[number][0]} for found in each]
+            rows.append(means([setting | x for x in columns], setting))
         print(f"\n\nquestion {number}")
         show(rows)
         write(rows, results / f"question{number}.csv")

@@ -1,62 +1,101 @@
-"""The tutorial's figures (`plot` extra): `python -m experiments.figures` writes all, `… mask beta` these two."""
+"""Draw the README's and the tutorial's figures (`plot` extra).
+
+`python -m experiments.figures` draws all of them, `python -m experiments.figures toy mask` only these two.
+"""
 
 import copy
 import multiprocessing
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from epsdpo import beta_steps, linear_token_stats, perturbed_logits, token_stats
-from model import GPT, Config, visible
+from model import GPT, visible
 from support import toy
 from support.checkpoint import resolve
+from support.device import memory_gb, my_micro_batches
 from support.rows import Pair, collate
-from train import TOY_MODEL, TOY_PAIRS, TOY_SCALE, EpsDPO, Flags, accumulate, memory_gb, train
+from train import EpsDPO, Flags, run_batch, train
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind readers too
 rcParams.update({"svg.hashsalt": "1", "axes.spines.top": 0, "axes.spines.right": 0, "legend.frameon": 0})
 
 
 @cache
-def toy_world() -> tuple[toy.World, GPT, torch.Tensor, list[Pair]]:
-    """The world of `python train.py`: the reference, its log-probabilities, its pairs."""
-    world = toy.World()
-    torch.manual_seed(0)
-    reference = GPT(Config(**TOY_MODEL))
-    toy.fit_reference(reference, world)
-    logp = world.list_logps(reference)
-    rows = zip(*toy.sample_pairs(logp, world.reward, TOY_PAIRS, TOY_SCALE, 0))
-    pairs = [Pair(world.prompt_ids(x), world.response_ids(w), world.response_ids(l)) for x, w, l in rows]
-    return world, reference, logp, pairs
+def problem() -> toy.Problem:
+    """The problem of `python train.py`."""
+    return toy.make_problem(eval_pairs=128)
 
 
 @cache
 def path(epsilon: float) -> tuple[list[dict], list[torch.Tensor]]:
-    """Metrics of a toy run of 256 steps, and log π of all responses before it and after each 16 steps."""
-    world, reference, ref_logp, pairs = toy_world()
-    logps, count = [ref_logp], iter(range(1, 257))
+    """Metrics of a toy run of 256 steps, and log π of all responses before it and after every 16 steps."""
+    world, reference = problem().world, problem().reference
+    logps, count = [problem().ref_logp], iter(range(1, 257))
 
     class Watched(EpsDPO):
         def after_step(self, sums, policy, reference):
             super().after_step(sums, policy, reference)
-            logps.extend([world.list_logps(policy)] if next(count) % 16 == 0 else [])
+            if next(count) % 16 == 0:
+                logps.append(world.list_logps(policy))
 
     method = Watched(beta=0.5, epsilon_check=epsilon or 0.01, epsilon_step=epsilon)
-    return train(copy.deepcopy(reference), reference, pairs, Flags(), method), logps
+    return train(copy.deepcopy(reference), reference, problem().pairs, Flags(), method), logps
+
+
+def reward_against_kl(axes: Axes, runs: dict[str, list[torch.Tensor]]) -> dict[str, np.ndarray]:
+    """Draw the best reward possible at each KL; returns KL and reward of each run's policies, (2, policies)."""
+    ref_logp, reward = problem().ref_logp, problem().world.reward
+    kls = np.linspace(0, 1.2, 60) ** 2
+    axes.plot(kls, [toy.frontier(ref_logp, reward, k) for k in kls], color=GREY, label="best possible")
+    axes.set(xlabel="KL to the reference, nats", ylabel="mean reward")
+    return {
+        name: np.array([(toy.kl(logp, ref_logp), toy.mean_reward(logp, reward)) for logp in logps]).T
+        for name, logps in runs.items()
+    }
+
+
+def frontier(figure: Figure) -> None:
+    axes = figure.subplots()
+    found = reward_against_kl(axes, {"DPO": path(0.0)[1], "ε-DPO, ε 0.01": path(0.01)[1]})
+    for (name, points), color, side in zip(found.items(), (BLUE, ORANGE), (6, -14)):
+        axes.plot(*points, ".-", color=color, linewidth=1, label=name)
+        for i in (2, 6, 10, 16):
+            axes.annotate(f"{16 * i}", points[:, i], (0, side), color=color, textcoords="offset points", ha="center")
+    axes.legend(loc="lower right", title="numbers: optimizer steps")
+
+
+def toy_run(figure: Figure) -> None:
+    left, right = figure.subplots(1, 2)
+    ends = {"DPO": path(0.0)[1][-1:], "ε-DPO": path(0.01)[1][-1:], "reference": path(0.01)[1][:1]}
+    ends["optimum at β 0.5"] = [toy.optimum(problem().ref_logp, problem().world.reward, 0.5)]
+    for (name, point), color in zip(reward_against_kl(left, ends).items(), (BLUE, ORANGE, "black", GREY)):
+        left.plot(*point, "o", color=color)
+        above = name.startswith("optimum")
+        where = {"xytext": (0, 8), "ha": "right"} if above else {"xytext": (8, -12), "ha": "left"}
+        left.annotate(name, point[:, 0], color=color, textcoords="offset points", **where)
+    left.annotate("best possible at this KL", (0.35, 0.62), color=GREY)
+    for name, epsilon, color in (("DPO", 0.0, BLUE), ("ε-DPO, ε 0.01", 0.01, ORANGE)):
+        right.plot([line["beta"] for line in path(epsilon)[0]], color=color, label=name)
+    right.set(xlabel="optimizer step", ylabel="β", ylim=(0, 0.55))
+    right.legend(loc="lower left")
 
 
 def one_beta(figure: Figure) -> None:
-    world, _, ref_logp, _ = toy_world()
+    world, ref_logp = problem().world, problem().ref_logp
     ratio = path(0.0)[1][2] - ref_logp
-    x, w, l = toy.sample_pairs(ref_logp, world.reward, 800, TOY_SCALE, seed=1)
-    true = world.reward[x, w] - world.reward[x, l] + torch.rand(len(x), dtype=torch.float64) / 2 - 0.25
+    x, w, l = toy.sample_pairs(world.list_logps(world.language), world.reward, 800, toy.TOY_SCALE, seed=1)
+    jitter = torch.rand(len(x), generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2 - 0.25
+    true, found = world.reward[x, w] - world.reward[x, l] + jitter, 0.5 * (ratio[x, w] - ratio[x, l])
     axes = figure.subplots()
-    axes.scatter(true, 0.5 * (ratio[x, w] - ratio[x, l]), 4, BLUE, alpha=0.4, linewidths=0)
+    axes.scatter(true, found, 5, BLUE, alpha=0.4, linewidths=0)
     axes.axline((0, 0), slope=1, color=ORANGE)
     axes.set(xlabel="true log-odds of a pair (jittered)", ylabel="β · margin after 32 steps")
 
@@ -74,7 +113,7 @@ def perturbed(figure: Figure) -> None:
         for i, label in zip((50, 100, 150), ("β⁺", "β", "β⁻")):
             axes.plot(x[i], z[i], "o", color=ORANGE)
             axes.annotate(label, (x[i], z[i]), (0, 7), textcoords="offset points", ha="center")
-        axes.set(title=title, xlabel="λ", ylabel="log-odds z" if title[0] == "l" else None)
+        axes.set(title=title, xlabel="λ (smaller β to the right)", ylabel="log-odds z" if title[0] == "l" else None)
 
 
 def rounding(figure: Figure) -> None:
@@ -85,7 +124,7 @@ def rounding(figure: Figure) -> None:
         return beta_steps(*(sums[:, :200] - sums[:, 200:]))
 
     torch.manual_seed(0)
-    base = GPT(Config(**TOY_MODEL | {"vocab_size": 100})).requires_grad_(False)
+    base = GPT(replace(toy.TOY_MODEL, vocab_size=100)).requires_grad_(False)
     for p in base.parameters():
         p *= 4 if p.ndim == 2 else 1
     (tokens, y), noise = torch.randint(100, (2, 400, 10)), torch.randn(400, 10, 100)
@@ -127,7 +166,6 @@ def mask(figure: Figure) -> None:
     names = [f"{kinds[s]} {p}" for s, p in zip(segments, batch.positions[0].tolist())]
     colors = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in (BLUE, GREEN, ORANGE, GREY)])
     seen = visible(batch.positions, batch.segments, None)[0, 0].numpy()[..., None]  # (T, T, 1)
-    figure.set_size_inches(4.5, 4.5)
     axes, places = figure.subplots(), np.arange(len(names)) + 0.5
     axes.pcolormesh(np.where(seen, colors[segments], 1.0), edgecolors="white", linewidth=1)
     axes.set(aspect="equal", xlabel="is seen (segment, position)", ylabel="sees")
@@ -135,27 +173,17 @@ def mask(figure: Figure) -> None:
     axes.tick_params("x", rotation=90)
 
 
-def frontier(figure: Figure) -> None:
-    (world, _, ref_logp, _), axes, kls = toy_world(), figure.subplots(), np.linspace(0, 1.6, 50)
-    axes.plot(kls, [toy.frontier(ref_logp, world.reward, k) for k in kls], color=GREY, label="frontier of the optimum")
-    for name, epsilon, color in (("DPO", 0.0, BLUE), ("ε-DPO, ε 0.01", 0.01, ORANGE)):
-        points = zip(*((toy.kl(x, ref_logp), toy.mean_reward(x, world.reward)) for x in path(epsilon)[1]))
-        axes.plot(*points, ".-", color=color, label=name)
-    axes.set(xlabel="KL to the reference, nats", ylabel="mean reward")
-    axes.legend(loc="lower right")
-
-
 def head_memory(tokens: int, vocab: int, full: bool) -> float:
     """Peak MB of head and statistics, forward and backward, without inputs and the gradients (V, D) and (M, D)."""
     ref_hidden, ref_weight, labels = torch.randn(tokens, 64), torch.randn(vocab, 64), torch.zeros(tokens).long()
     hidden, weight = (1.01 * ref_hidden).requires_grad_(), (1.01 * ref_weight).requires_grad_()
-    before = memory_gb(torch.device("cpu"))
+    before = memory_gb(torch.device("cpu"))["memory_gb"]
     if full:
         stats = token_stats(hidden @ weight.T, ref_hidden @ ref_weight.T, labels, 0.01)
     else:
         stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, labels, 0.01)
     stats.logp.sum().backward()
-    return 1e3 * (memory_gb(torch.device("cpu")) - before) - 2 * 4e-6 * 64 * (tokens + vocab)
+    return 1e3 * (memory_gb(torch.device("cpu"))["memory_gb"] - before) - 2 * 4e-6 * 64 * (tokens + vocab)
 
 
 def step_seconds(n: int) -> float:
@@ -163,12 +191,12 @@ def step_seconds(n: int) -> float:
     torch.set_num_threads(1)
     sizes = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
     policy, reference = (GPT(resolve({"model_type": "llama", "num_attention_heads": 4} | sizes)) for _ in range(2))
-    dice, flags = np.random.default_rng(0), Flags(micro_tokens=384)
-    pairs = [Pair(*dice.integers(4096, size=(3, 32), dtype=np.int32)) for _ in range(n)]
+    generator, flags = np.random.default_rng(0), Flags(micro_tokens=384)
+    pairs = [Pair(*generator.integers(4096, size=(3, 32), dtype=np.int32)) for _ in range(n)]
     times = []
     for _ in range(4):
         started = time.process_time()
-        accumulate(policy, reference, pairs, EpsDPO(0.1, 0.01, 0.01), flags)
+        run_batch(policy, reference, my_micro_batches(pairs, 384), n, EpsDPO(0.1, 0.01, 0.01), flags)
         times.append(time.process_time() - started)
     return min(times)
 
@@ -184,9 +212,8 @@ def growth(figure: Figure) -> None:
             middle.plot(tokens, used, "o-", color=color, label=label)
         used = pool.starmap(head_memory, [(1024, v, False) for v in vocabularies], 1)
         right.plot(vocabularies, used, "o-", color=ORANGE, label="256 tokens at a time")
-        right.plot(
-            vocabularies, [1e-6 * 4 * 256 * v for v in vocabularies], ":", color=GREY, label="one chunk of logits"
-        )
+        chunk = [1e-6 * 4 * 256 * v for v in vocabularies]
+        right.plot(vocabularies, chunk, ":", color=GREY, label="one chunk of logits")
     left.set(xlabel="tokens of a step", ylabel="computing time, s", xlim=0, ylim=0)
     middle.set(xlabel="response tokens (V = 16,384)", ylabel="the head's peak, MB", ylim=0)
     right.set(xlabel="vocabulary (1,024 tokens)", ylabel="the head's peak, MB", xlim=0, ylim=0)
@@ -196,10 +223,10 @@ def growth(figure: Figure) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for draw in (one_beta, perturbed, rounding, beta, mask, frontier, growth):
-        if not sys.argv[1:] or draw.__name__ in sys.argv:
-            figure = Figure(
-                ({perturbed: 8, rounding: 8, growth: 10}.get(draw, 5), 3.2), layout="constrained", facecolor="white"
-            )
+    for draw in (toy_run, one_beta, perturbed, rounding, beta, mask, frontier, growth):
+        name = draw.__name__.removesuffix("_run")
+        if not sys.argv[1:] or name in sys.argv:
+            size = {mask: (5.5, 5.5), frontier: (8.8, 4.2)}.get(draw, (8.8, 3.1))  # inches; GitHub's text is 8.8 wide
+            figure = Figure(size, layout="constrained", facecolor="white")
             draw(figure)
-            figure.savefig(f"figures/{draw.__name__}.svg", metadata={"Date": None})
+            figure.savefig(f"figures/{name}.svg", metadata={"Date": None})

@@ -1,7 +1,7 @@
-"""The methods that ε-DPO is compared with: losses of the same sums per response, and what changes after a step.
+"""The methods that ε-DPO is compared with: their losses, and what they change after a step.
 
 The functions take float64 tensors (B,): log-ratios log π_θ − log π_ref of chosen (w) and rejected (l) responses, or
-their difference, the margin. The classes are what `train.train` takes for a method.
+their difference, the margin. `train.train` accepts an object of the classes as its method.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from epsdpo import EpsDPOLoss, TokenStats
 from model import GPT
 from support.rows import Batch, Pair, collate
-from train import compare
+from train import score_pairs
 
 
 def dpo(margin: Tensor, beta: float | Tensor) -> Tensor:
@@ -22,33 +22,33 @@ def dpo(margin: Tensor, beta: float | Tensor) -> Tensor:
 
 
 def ipo(margin: Tensor, beta: float) -> Tensor:
-    """Azar et al. 2023, arXiv 2310.12036, eq. 17, its τ here β; log-ratios summed over tokens, as in the paper."""
+    """Azar et al. 2023, arXiv 2310.12036, eq. 17 (β is its τ); log-ratios are sums over tokens, as in the paper."""
     return (margin - 1 / (2 * beta)) ** 2
 
 
 def simpo(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> Tensor:
-    """Meng et al. 2024, arXiv 2405.14734, eq. 6: of log-probabilities per token, without a reference."""
+    """Meng et al. 2024, arXiv 2405.14734, eq. 6: log-probabilities per token, no reference."""
     return -F.logsigmoid(beta * (mean_w - mean_l) - gamma)
 
 
 def orpo(mean_w: Tensor, mean_l: Tensor, weight: float) -> Tensor:
-    """Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7: likelihood of the chosen and the odds ratio, weight λ."""
+    """Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7: likelihood of the chosen response, odds ratio times λ."""
     odds_w, odds_l = (mean - (-mean.expm1()).log() for mean in (mean_w, mean_l))  # logarithms
     return -mean_w - weight * F.logsigmoid(odds_w - odds_l)
 
 
 def kto(ratio_w: Tensor, ratio_l: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """Ethayarajh et al. 2024, arXiv 2402.01306, λ_D = λ_U = 1: the mean of a pair's two losses."""
+    """Ethayarajh et al. 2024, arXiv 2402.01306, λ_D = λ_U = 1: mean of the losses of both responses."""
     return (2 - torch.sigmoid(beta * (ratio_w - kl)) - torch.sigmoid(beta * (kl - ratio_l))) / 2
 
 
 def dynamic_beta(margin: Tensor, running_mean: float, beta: float, m: float) -> Tensor:
-    """β₀·(1 + m·(β₀·margin − running mean)): Wu et al. 2024, arXiv 2407.08639, for a pair or a batch's mean margin."""
+    """β₀·(1 + m·(β₀·margin − running mean)): Wu et al. 2024, arXiv 2407.08639, of a pair or a batch's mean margin."""
     return (beta * (1 + m * (beta * margin - running_mean))).clamp(min=1e-3)
 
 
 def keep_typical(reward_margin: Tensor, mean: float, std: float, share: float) -> Tensor:
-    """β-DPO's filter: a `share` of the pairs, drawn weighted by a normal density around the running mean; indices."""
+    """β-DPO's filter: indices of a `share` of the pairs, drawn with normal weights around the running mean."""
     weight = torch.exp(-(((reward_margin - mean) / max(std, 1e-12)) ** 2) / 2).clamp(min=1e-30)
     return weight.multinomial(max(1, round(share * len(weight))))
 
@@ -58,14 +58,14 @@ def log_ratios(chosen: TokenStats, rejected: TokenStats) -> tuple[Tensor, Tensor
 
 
 def result(losses: Tensor, margin: Tensor, beta: float | Tensor) -> EpsDPOLoss:
-    """What `train` expects of a loss; no pair takes a step."""
+    """The form that `train` expects; no pair takes a step."""
     none = torch.zeros_like(margin, dtype=torch.int64)
     return EpsDPOLoss(losses.mean(), losses, beta + 0.0 * margin.detach(), none, margin.detach())
 
 
 @dataclass
 class Peer:
-    """`kind` names one of the losses that have no state: dpo, ipo, simpo, orpo. `extra` is SimPO's γ, ORPO's λ."""
+    """A method without state: `kind` is dpo, ipo, simpo or orpo; `extra` is SimPO's γ or ORPO's λ."""
 
     beta: float
     kind: str = "dpo"
@@ -102,9 +102,9 @@ class TRDPO(Peer):
 
 @dataclass
 class BetaDPO(Peer):
-    """β-DPO: one β for a batch, by the mean margin of the pairs that its filter keeps; or one for each pair.
+    """β-DPO: one β for a batch, from the mean margin of the pairs that its filter keeps; or one for each pair.
 
-    `beta` stays β₀. Its batch is a micro-batch: let the whole fit. Running numbers take a batch in, then are used.
+    `beta` stays β₀. A batch must fit into one micro-batch. Running means are updated before they are used.
     """
 
     m: float = 0.6
@@ -116,35 +116,35 @@ class BetaDPO(Peer):
     def loss(self, chosen: TokenStats, rejected: TokenStats, batch: Batch) -> EpsDPOLoss:
         margin = torch.sub(*log_ratios(chosen, rejected))
         seen = self.beta * margin.detach()
-        if torch.is_grad_enabled():  # an evaluation leaves no trace
+        if torch.is_grad_enabled():  # an evaluation changes nothing
             self.mean = 0.9 * self.mean + 0.1 * float(seen.mean())
             self.std = 0.9 * self.std + 0.1 * float(seen.std(correction=0))
         if self.instance:
             beta = dynamic_beta(margin.detach(), self.mean, self.beta, self.m)
             return result(dpo(margin, beta), margin, beta)
         kept = keep_typical(seen, self.mean, self.std, self.share)
-        weight = torch.zeros_like(seen).index_fill(0, kept, len(seen) / len(kept))  # the mean is that of the kept
+        weight = torch.zeros_like(seen).index_fill(0, kept, len(seen) / len(kept))  # mean over kept pairs
         beta = dynamic_beta(margin.detach()[kept].mean(), self.mean, self.beta, self.m)
         return result(dpo(margin, beta) * weight, margin, beta)
 
 
 @dataclass
 class KTO(Peer):
-    """Its KL is estimated from responses under another pair's prompt: one more forward pass of both models."""
+    """KTO estimates its KL from responses to another pair's prompt: one more forward pass of both models."""
 
     policy: GPT | None = None
     reference: GPT | None = None
 
     def loss(self, chosen: TokenStats, rejected: TokenStats, batch: Batch) -> EpsDPOLoss:
         with torch.no_grad():
-            other = compare(self.policy, self.reference, mismatched(batch), 0.0, "float32")
+            other = score_pairs(self.policy, self.reference, mismatched(batch), 0.0, "float32")
             kl = torch.cat(log_ratios(*other)).mean().clamp(min=0)
         ratio_w, ratio_l = log_ratios(chosen, rejected)
         return result(kto(ratio_w, ratio_l, kl, self.beta), ratio_w - ratio_l, self.beta)
 
 
 def mismatched(batch: Batch) -> Batch:
-    """The prompts of a batch, each with the responses of the next pair (of the first, after the last)."""
+    """A batch in which each prompt has the responses of the next pair (the last prompt those of the first pair)."""
     rows = zip(batch.tokens.cpu().numpy(), batch.segments.cpu().numpy())
     parts = [[tokens[segments == part] for part in (0, 1, 2)] for tokens, segments in rows]
     moved = [Pair(mine[0], *other[1:]) for mine, other in zip(parts, parts[1:] + parts[:1])]

@@ -1,7 +1,7 @@
 """ε-DPO on a real checkpoint: `python -m experiments.real --model DIR --data FILE.jsonl`
 
-Questions 4 and 8 of experiments/README.md. DPO and ε-DPO train on short pairs, in float32; after some steps of ε-DPO
-the decisions on seen and unseen pairs are taken once more in several precisions. What is finished is kept in out/real.
+Answers questions 4 and 8 of experiments/README.md. DPO and ε-DPO train on short pairs in float32. After some steps of
+ε-DPO, its decisions on seen and unseen pairs are repeated in several formats. Finished parts are saved in out/real.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from support.text import Tokenizer
 from train import EpsDPO, Flags, evaluate, learning_rate, train
 
 CACHE = Path("out/real")
-LENGTH, UNSEEN, SEEN, BATCH, STEPS = 96, 200, 64, 8, 32  # tokens of the longest row; pairs; pairs; pairs; steps
-LOOKS = (1, 8, 32)  # steps after which decisions are compared
-GROUP = ("step", "pairs", "format", "way", "n")  # what a row of question 4's table is about
+LENGTH, UNSEEN, SEEN, BATCH, STEPS = 96, 200, 64, 8, 32  # tokens of the longest row; three numbers of pairs; steps
+LOOKS = (1, 8, 32)  # compare decisions after these steps
+GROUP = ("step", "pairs", "format", "way", "n")  # columns that identify a row of question 4's table
 BETA, EPSILON, LR = 0.1, 0.02, 1e-5
 FORMATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Autocast(TorchFunctionMode):
-    """What autocast does to a forward pass of ours in a 16-bit dtype, at float32's speed on any CPU.
+    """Emulate autocast to a 16-bit dtype for our forward pass, at float32's speed on any CPU.
 
-    Arguments and results of matmuls, attention and activations are rounded; sums are float32, as in real hardware.
+    Arguments and results of matmuls, attention and activations are rounded. Sums are float32, as in real hardware.
     """
 
     NAMES = ("linear", "scaled_dot_product_attention", "silu")
@@ -61,13 +61,13 @@ def rounding_as(dtype: torch.dtype) -> contextlib.AbstractContextManager:
 
 
 def body(model: GPT, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Hidden states (M, D) of a forward pass in `dtype`: float64 for a float64 model, else float32."""
+    """Hidden states (M, D) of a forward pass in `dtype`, returned as float64 for a float64 model, else as float32."""
     with rounding_as(dtype):
         return model(batch.tokens, batch.positions, batch.segments, batch.source)
 
 
 def textbook(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> TokenStats:
-    """Three log-softmaxes, subtracted, in the logits' dtype (M, V)."""
+    """Differences of three log-softmaxes, in the dtype of the logits (M, V)."""
     of = [perturbed_logits(policy_logits, ref_logits, s).log_softmax(-1) for s in (0.0, EPSILON, -EPSILON, -1.0)]
     logp, minus, plus, ref = (x.gather(-1, labels[:, None]).squeeze(-1) for x in of)
     return TokenStats(logp, ref, minus - logp, plus - logp, torch.zeros_like(logp))
@@ -75,9 +75,9 @@ def textbook(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Token
 
 @torch.no_grad()
 def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> list[dict]:
-    """Both differences of each pair's log-odds, by every format and way; `known` keeps the reference's hidden states.
+    """Both changes of each pair's log-odds, in every format and way. `known` caches the reference's hidden states.
 
-    float64 increments are the truth. 16-bit increments have a float32 head; 16-bit textbook rounds the logits too.
+    float64 increments are the truth. In 16 bits, increments have a float32 head; textbook rounds the logits as well.
     """
     if not known:
         known["reference"] = copy.deepcopy(reference).double()
@@ -108,7 +108,7 @@ def decisions(policy: GPT, reference: GPT, pairs: list[Pair], known: dict) -> li
 
 
 class Watched(EpsDPO):
-    """ε-DPO that also takes its decisions on `pairs` (by their names) in all formats after the steps in `LOOKS`."""
+    """ε-DPO that repeats its decisions on `pairs` (by name) in all formats after the steps in `LOOKS`."""
 
     def __init__(self, pairs: dict[str, list[Pair]], seed: int) -> None:
         super().__init__(BETA, EPSILON, EPSILON)
@@ -124,7 +124,7 @@ class Watched(EpsDPO):
 
 
 def summary(found: list[dict]) -> list[dict]:
-    """A line for each step, set of pairs, format and way."""
+    """One row for each step, set of pairs, format and way."""
     groups, rows = defaultdict(list), []
     for line in found:
         groups[tuple(line[key] for key in GROUP[:4])].append(line)
@@ -135,7 +135,7 @@ def summary(found: list[dict]) -> list[dict]:
             for some in (lines, truth)
         )
         right, true = beta_steps(minus, plus), beta_steps(true_minus, true_plus)
-        slope = float(minus @ true_minus / (true_minus @ true_minus))  # rounded weights lose a part of every update
+        slope = float(minus @ true_minus / (true_minus @ true_minus))  # rounded weights lose part of every update
         error = minus - slope * true_minus
         row = dict(zip(GROUP, (step, pairs, name, way, len(true))))
         row |= {"agree": float((right == true).double().mean()), "lower": int((right > 0).sum())}
@@ -152,9 +152,9 @@ def summary(found: list[dict]) -> list[dict]:
 
 
 def on_the_grid(model: GPT, learning_rates: list[float]) -> list[dict]:
-    """The share of weights that can have left their place on a 16-bit grid: half its step is below what Adam moves.
+    """The share of weights whose 16-bit copy can have changed: Adam can move them by more than half the spacing.
 
-    Weights that are exact in 16 bits, as a checkpoint's are, round back to themselves until then.
+    A checkpoint's weights are exact in 16 bits and round back to themselves until they have moved that far.
     """
     sizes, rows = torch.cat([p.detach().flatten().abs() for n, p in model.named_parameters() if "proj" in n]), []
     median, powers = float(sizes.median()), sizes.log2().floor().exp2()

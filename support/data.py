@@ -1,166 +1,230 @@
 """Preference files -> pairs of token ids. Knows no model and no algorithm.
 
-Two ideas carry it. A prompt and its answer are always encoded as one whole text, and the prompt is what the token lists
-have in common. And a pair is one row of a batch: the prompt once, both responses behind it."""
+Each section hands its results to the next one:
+
+    a file -> rows -> prompt, chosen, rejected (forms.py) -> whole texts -> token ids -> pairs, cut to length, a report
+
+A prompt and its answer are always encoded as one whole text; the prompt is what the lists of token ids have in common.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
-import re
+import os
 import zlib
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from model import Config
 from support.device import rank_and_world
+from support.files import what_is
+from support.forms import CONTEXT, FIELDS, Example, example_of
 from support.report import progress_bar
 from support.rows import BadRow, Pair
 from support.text import Tokenizer
 
 MAX_LINE = 1 << 24  # bytes; a longer line is no preference pair, and a small gzip file can hold a huge one
-FIELDS = ("prompt", "chosen", "rejected")
-ROLES = ("system", "user", "assistant", "tool")
-HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follow in dialogues written as plain text
+MAX_ARRAY = 1 << 30  # bytes; a JSON array is in memory as a whole
+GZIP = b"\x1f\x8b"
+BLANK = object()  # stands for a line without a row
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A file -> rows
 
 
-def common_length(*sequences: Sequence) -> int:
-    shortest = min(map(len, sequences))
-    return next((i for i, items in enumerate(zip(*sequences)) if items.count(items[0]) < len(items)), shortest)
+def parse(text: bytes) -> object:
+    """A value of JSON. A key that occurs twice is an error, wherever it is. Raises BadRow."""
 
-
-def without_nulls(message: dict) -> dict:
-    """Tables hold null for an absent field, and some templates would print it as None."""
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and bytes of each line that is not blank; the text may be gzipped."""
-    number, empty = 0, True
-    with open(path, "rb") as raw, gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw as stream:
-        try:
-            while line := stream.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    raise ValueError(f"{path}:{number}: more than {MAX_LINE} bytes; one pair a line is expected")
-                if line := line.removeprefix(BOM_UTF8).strip():
-                    empty = False
-                    yield number, line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}:{number + 1}: damaged gzip file: {error}") from error
-    if empty:
-        raise ValueError(f"{path}:1: the file is empty; one JSON object a line is expected")
-
-
-def parse(line: bytes) -> dict:
     def unique(items: list[tuple]) -> dict:
         if len(row := dict(items)) < len(items):
-            raise ValueError(f"a key stands twice among {[key for key, _ in items]}")
+            raise ValueError(f"a key occurs twice among {[key for key, _ in items]}")
         return row
 
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
-        json.dumps(row, ensure_ascii=False).encode()  # JSON can escape half a character, which is no text
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        json.dumps(found, ensure_ascii=False).encode()  # JSON can escape half a character, which is no text
+        return found
     except (ValueError, RecursionError) as error:
-        raise BadRow("not JSON", f"{error}; one JSON object a line, in UTF-8, is expected") from error
-    if not isinstance(row, dict):
-        raise BadRow("not an object", f"{line[:60]!r}; an object with chosen, rejected and a prompt is expected")
-    return row
+        raise BadRow("not JSON", f"{error}; expected one JSON object per line, in UTF-8, or one JSON array") from error
 
 
-def form_of(name: str, value: object) -> tuple[str, object]:
-    """The form of one field, and the field; messages are checked and made normal."""
-    if value is None or isinstance(value, str):
-        return "absent" if value is None else "text", value
-    if not isinstance(value, list) or len({isinstance(item, dict) for item in value}) != 1:
-        raise BadRow("unknown form", f"{name} is {value!r:.60}; text, messages or token ids are accepted")
-    if not isinstance(value[0], dict):
-        return "token ids", value
-    for i, message in enumerate(value):
-        content, called = message.get("content"), message.get("tool_calls")
-        if message.get("role") not in ROLES or not (isinstance(content, str) or content is None and called):
-            accepted = f"a role of {', '.join(ROLES)} and a text as content are accepted"
-            raise BadRow("not a message", f"{name}[{i}] is {message!r:.80}; {accepted}")
-    return "messages", list(map(without_nulls, value))
+def rows_of_lines(stream: BinaryIO) -> Iterator[object]:
+    """The value of each line; BLANK for a blank one, a BadRow for one that is not JSON."""
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"more than {MAX_LINE} bytes; expected one pair per line")
+        line = line.removeprefix(BOM_UTF8).strip()
+        try:
+            yield parse(line) if line else BLANK
+        except BadRow as error:
+            yield error
 
 
-def one_form(row: dict) -> tuple[str, list]:
-    """A row in any of the accepted forms -> which it is, and prompt, chosen and rejected, apart and all three in it.
-
-    Whole dialogues, which repeat the prompt, part at the last start of an answer before which they are equal."""
-    (beside, prompt), (form, chosen), (other, rejected) = (form_of(name, row.get(name)) for name in FIELDS)
-    if form != other or form == "absent" or (form == "token ids") != (beside == "token ids"):
-        found = f"prompt is {beside}, chosen {form}, rejected {other}, found {', '.join(sorted(row))}"
-        reason = "missing field" if "absent" in (form, other) else "mixed forms"
-        raise BadRow(reason, f"{found}; all three as text, messages or token ids are expected")
-    if form == "text" and beside == "messages":
-        form, chosen, rejected = "messages", *([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    places, repeats = None, 0
-    if form == beside == "text":  # whole dialogues may stand beside a prompt, but must repeat it
-        dialogues = [text for text in (chosen, rejected) if TURN in text]
-        repeats = sum(bool(prompt.strip()) and text.startswith(prompt) for text in dialogues)
-        if repeats == 1 or repeats == 0 and sum(text.startswith(HUMAN) for text in dialogues) == 2:
-            raise BadRow("two prompts", f"prompt is {prompt!r:.60}, chosen {chosen!r:.60}, rejected {rejected!r:.60}")
-    if form == "text" and (beside == "absent" or repeats):
-        places, prompt = [len(prompt or ""), *(mark.end() for mark in re.finditer(TURN, chosen))], None
-    elif form == "messages" and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-        both = enumerate(zip(chosen, rejected))
-        places = [i for i, (a, b) in both if a["role"] == b["role"] == "assistant"]
-    elif form == "messages" and beside == "text":
-        prompt = [{"role": "user", "content": prompt}]
-    if places is not None:
-        n = max((n for n in places if chosen[:n] == rejected[:n]), default=0)
-        head, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-        if prompt is not None and head:
-            asked = next((message.get("content") for message in head if message["role"] == "user"), None)
-            if prompt != (asked if beside == "text" else head[: len(prompt)]):
-                raise BadRow("two prompts", f"prompt is {prompt!r:.60}, but the dialogues begin with {asked!r:.60}")
-        prompt = head or None
-    if prompt is None:
-        what = f"a prompt, or two whole dialogues (messages, or text with {TURN!r}) that begin alike, are expected"
-        raise BadRow("no prompt", what)
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        last = answer[-1] if form == "messages" else {"role": "assistant", "content": answer}
-        if last["role"] != "assistant":
-            raise BadRow("no answer", f"{name} ends with a message of {last['role']}, not of assistant")
-        said = last.get("content", "")
-        if form != "token ids" and not said.strip() and not last.get("tool_calls"):
-            raise BadRow("blank answer", f"{name} is {answer!r:.60}")
-    return form, [prompt, chosen, rejected]
+def rows_of_array(stream: BinaryIO) -> list:
+    text = stream.read(MAX_ARRAY + 1)
+    if len(text) > MAX_ARRAY:
+        raise ValueError(f"a JSON array of more than {MAX_ARRAY} bytes; write one object per line instead")
+    return parse(text.removeprefix(BOM_UTF8))
 
 
-def to_ids(form: str, parts: list, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """prompt, chosen, rejected in one form -> their token ids.
+def read_rows(path: str) -> Iterator[tuple[int, str, object]]:
+    """Number, place and value of each row of JSON lines, or of one JSON array; either may be gzipped.
 
-    The prompt is the longest common prefix of three lists, its own and those of the two whole texts: so the ids are
-    those of the whole texts, both responses start at one place, and words that both begin with stay theirs."""
-    if form == "token ids":
-        return parts
+    Raises ValueError for what is wrong with the file, not with a row: another kind of file, damaged, empty."""
+    number, empty, place = 0, True, "{}:{}"
+    with open(path, "rb") as raw:
+        start = raw.peek(2)[:2]
+        if start and start != GZIP and (kind := what_is(path)):
+            raise ValueError(f"{path} is {kind}")
+        with gzip.open(raw) if start == GZIP else raw as stream:
+            try:
+                is_array = stream.peek(512).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+                place = "{}: row {}" if is_array else place
+                for number, row in enumerate(rows_of_array(stream) if is_array else rows_of_lines(stream), 1):
+                    if row is not BLANK:
+                        empty = False
+                        yield number, place.format(path, number), row
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{place.format(path, number + 1)}: damaged gzip file: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{path if is_array else place.format(path, number + 1)}: {error}") from error
+    if empty:
+        raise ValueError(f"{path}: the file is empty; expected one JSON object per line, or one JSON array")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompt, chosen and rejected -> whole texts -> token ids
+
+
+@dataclass
+class Texts:
+    """A row on its way to token ids: the texts to encode, and what became of the row's own texts."""
+
+    example: Example
+    texts: list[str] = field(default_factory=list)  # prompt, prompt + chosen, prompt + rejected; none for token ids
+    ended: tuple[bool, bool] = (False, False)  # whether the chat template wrote the end token of chosen, of rejected
+    said: list[tuple[str, str]] = field(default_factory=list)  # every text in the row, with the name of its field
+    left_out: set[str] = field(default_factory=set)  # fields with text that the chat template did not write
+    ids: list[list[int]] = field(default_factory=list)  # of each text, once it is encoded
+
+
+def said_in(name: str, value: object) -> Iterator[tuple[str, str]]:
+    """Every text in a value of JSON, with a name, but for labels that are not content."""
+    if isinstance(value, str):
+        yield name, value
+    for item in value if isinstance(value, list) else ():
+        yield from said_in(name, item)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key not in ("role", "type", "id", "tool_call_id"):
+            yield from said_in(name or f"{key} of {value.get('role')}", item)
+
+
+def squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def left_out(said: list[tuple[str, str]], written: str) -> set[str]:
+    """The fields of `said` with a text that is not in `written`, white space aside. A template may write it as JSON.
+
+    What is found is taken out, so that each occurrence counts once; longest texts first."""
+    written, missing = squeeze(written), set()
+    for name, text in sorted(said, key=lambda item: -len(item[1])):
+        found = squeeze(text)
+        if found not in written:
+            found = squeeze(json.dumps(text, ensure_ascii=False)[1:-1])
+        if found not in written:
+            missing.add(name)
+        if found:
+            written = written.replace(found, "\0", 1)
+    return missing
+
+
+def write(example: Example, tokenizer: Tokenizer | None) -> Texts:
+    """The texts to encode. Raises BadRow if the chat template cannot write them, ValueError without a tokenizer."""
+    prompt, *answers = example.parts
+    if example.form == "token ids":
+        return Texts(example)
     if tokenizer is None:
-        raise ValueError(f"a row of {form} needs the tokenizer of a checkpoint folder; token ids need none")
-    prompt, *answers = parts
-    ways = [tokenizer.dialogue(prompt, a) if form == "messages" else (prompt, prompt + a, False) for a in answers]
-    head, *wholes = tokenizer.encode([ways[0][0], ways[0][1], ways[1][1]], chat=form == "messages")
-    if not (shared := common_length(head, *wholes)):
+        remedy = "AutoTokenizer.from_pretrained(…).save_pretrained(…) makes one of a tokenizer.model"
+        raise ValueError(f"a row of {example.form} needs a tokenizer.json in the checkpoint folder ({remedy})")
+    if example.form == "text":
+        texts = [prompt, *(prompt + answer for answer in answers)]
+        return Texts(example, texts, said=[("text", text) for text in example.parts])
+    if reserved := example.variables.keys() & tokenizer.reserved:
+        details = f"{', '.join(sorted(reserved))} cannot be set by a row; expected variables of the chat template"
+        raise BadRow("unusable chat_template_kwargs", details)
+    head, ways = tokenizer.dialogues(prompt, answers, {**example.variables, "tools": example.tools})
+    functions = [tool.get("function", tool) for tool in example.tools or []]
+    called = [("tools", str(function["name"])) for function in functions if "name" in function]
+    said = [list(said_in("", part)) for part in example.parts]
+    missing = left_out(said[0] + called, head)
+    for (whole, _), answer in zip(ways, said[1:]):
+        missing |= left_out(answer, whole[len(head) :])
+    template = tokenizer.template(example.tools)
+    missing |= {f"{name} of chat_template_kwargs" for name in example.variables if name not in template}
+    wholes, ended = zip(*ways)
+    return Texts(example, [head, *wholes], ended, sum(said, []), missing)
+
+
+def encode(rows: Sequence[Texts], tokenizer: Tokenizer) -> None:
+    """Fill in the ids of all texts, in one call, which uses all cores. Raises BadRow if the tokenizer fails on one."""
+    for chat in (False, True):
+        some = [row for row in rows if row.texts and (row.example.form == "messages") == chat]
+        ids = iter(tokenizer.encode([text for row in some for text in row.texts], chat) if some else ())
+        for row in some:
+            row.ids = [next(ids) for _ in row.texts]
+
+
+def split_ids(row: Texts, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of prompt, chosen and rejected. Raises BadRow.
+
+    The prompt is the longest common prefix of three lists, its own and those of the two whole texts. So the ids are
+    those of the whole texts, both responses start at the same place, and words that both begin with stay in them."""
+    head, *wholes = row.ids
+    shared = len(os.path.commonprefix([head, *wholes]))
+    if not shared:
         why = "its first token runs on into an answer" if head else "the tokenizer adds nothing before it"
-        raise BadRow("no token of the prompt stands alone", f"the prompt is {ways[0][0]!r:.60}, and {why}")
-    for whole, answer, (_, _, ended) in zip(wholes, answers, ways):
+        details = f"the prompt is {row.texts[0]!r:.60}, and {why}"
+        raise BadRow("the prompt and the answers share no whole token", details)
+    responses = []
+    for whole, answer, ended in zip(wholes, row.example.parts[1:], row.ended):
         if len(whole) - shared <= ended:
-            raise BadRow("blank answer", f"of {answer!r:.60} no token is left")
+            why = f"; the chat template leaves out {', '.join(sorted(row.left_out))}" if row.left_out else ""
+            raise BadRow("blank answer", f"no token is left of {answer!r:.60}{why}")
         if not ended and tokenizer.eos is None:
-            raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer has")
-        if not ended and whole[-1] != tokenizer.eos:
-            whole.append(tokenizer.eos)
-    return [head[:shared], wholes[0][shared:], wholes[1][shared:]]
+            raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer.json has")
+        add_end = not ended and whole[-1] != tokenizer.eos
+        responses.append(whole[shared:] + [tokenizer.eos] * add_end)
+    return [head[:shared], *responses]
+
+
+def check_ids(ids: list[list[int]], parts: list, vocab_size: int) -> None:
+    """Raises BadRow for ids outside the vocabulary, and for two responses that are the same."""
+    for name, part in zip(FIELDS, ids):
+        if set(map(type, part)) != {int} or min(part) < 0 or max(part) >= vocab_size:
+            wrong = next(i for i in part if type(i) is not int or not 0 <= i < vocab_size)
+            raise BadRow("not in the vocabulary", f"{wrong!r} in {name}; expected ids from 0 to {vocab_size - 1}")
+    if ids[1] == ids[2]:
+        chosen, rejected = (
+            answer[-1].get("content") if isinstance(answer[-1], dict) else answer for answer in parts[1:]
+        )
+        raise BadRow("equal answers", f"chosen is {chosen!r:.200}, rejected {rejected!r:.200}")
 
 
 def truncate(ids: list[list[int]], max_length: int, max_prompt_length: int, bos: int) -> list[list[int]]:
-    """One cut for both responses. The prompt loses its left side, but for `bos` ids, a response its right side."""
+    """Cut a pair once for both responses: the prompt on its left, but for its first `bos` ids, a response on its right.
+
+    With P prompt tokens and C of the longer response, P + C <= max_length leaves all as it is. Otherwise the prompt
+    keeps at most max(max_length - C, max_prompt_length) tokens, and each response at most the rest of max_length."""
     prompt, chosen, rejected = ids
     keep = min(len(prompt), max(max_length - max(len(chosen), len(rejected)), max_prompt_length))
     bos = min(bos, keep)
@@ -168,28 +232,146 @@ def truncate(ids: list[list[int]], max_length: int, max_prompt_length: int, bos:
     return [prompt, chosen[: max_length - keep], rejected[: max_length - keep]]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows -> pairs, and a report
+
+
 @dataclass
 class Report:
-    """What became of the rows that load_pairs read."""
+    """What became of the rows, to be printed before training."""
 
     read: int = 0
     kept: int = 0
     truncated: int = 0  # pairs that lost tokens of the prompt or of a response
-    special: int = 0  # pairs in which someone typed a special token, which then is one
     prompt_tokens: int = 0
     response_tokens: int = 0
+    special: int = 0  # pairs in which someone typed a special token, which then is one
+    changed: int = 0  # pairs whose token ids do not decode to the text that was encoded
+    incomplete: int = 0  # pairs with text that the chat template left out
+    repeated: int = 0  # pairs of text whose answers both begin with the prompt, which is then there twice
+    with_variables: int = 0  # pairs with chat_template_kwargs
     bad: Counter = field(default_factory=Counter)  # reason -> rows skipped because the user asked for it
     dropped: Counter = field(default_factory=Counter)  # reason -> good rows that are of no use at this max_length
+    unread: Counter = field(default_factory=Counter)  # column -> rows that have it, though nothing reads it
+    variables: Counter = field(default_factory=Counter)  # key of chat_template_kwargs -> pairs
+    left_out: Counter = field(default_factory=Counter)  # field that the chat template left out -> pairs
+
+    def add(self, pair: Pair, row: Texts, tokenizer: Tokenizer | None) -> None:
+        self.kept += 1
+        self.truncated += any(pair.cut)
+        self.prompt_tokens += len(pair.prompt)
+        self.response_tokens += len(pair.chosen) + len(pair.rejected)
+        self.special += any(tokenizer.control.search(text) for _, text in row.said)
+        decoded = map(tokenizer.decode, row.ids[1:]) if tokenizer else ()
+        self.changed += not all(squeeze(own).endswith(squeeze(text)) for own, text in zip(decoded, row.texts[1:]))
+        prompt, *answers = row.example.parts
+        is_text = row.example.form == "text" and prompt.strip()
+        self.repeated += bool(is_text) and all(answer.startswith(prompt) for answer in answers)
+        self.incomplete += bool(row.left_out)
+        self.left_out.update(row.left_out)
+        self.with_variables += bool(row.example.variables)
+        self.variables.update(row.example.variables.keys())
 
     def __str__(self) -> str:
         lines = [
             f"{self.read:,} rows read, {self.kept:,} pairs kept, {self.truncated:,} of them truncated",
             f"{self.prompt_tokens:,} prompt tokens, {self.response_tokens:,} response tokens",
-            *(f"{rows:,} bad rows skipped: {reason}" for reason, rows in self.bad.most_common()),
-            *(f"{rows:,} rows dropped: {reason}" for reason, rows in self.dropped.most_common()),
+            *(f"{n:,} bad rows skipped: {reason}" for reason, n in self.bad.most_common()),
+            *(f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.most_common()),
         ]
-        typed = f"{self.special:,} pairs hold special tokens typed as text, which the model sees as special tokens"
-        return "\n".join(lines + [typed] * bool(self.special))
+        for n, what, names in (
+            (len(self.unread), "columns are not read", self.unread),
+            (self.with_variables, "pairs have chat_template_kwargs", self.variables),
+            (self.incomplete, "pairs have text that the chat template leaves out", self.left_out),
+            (self.repeated, "pairs have answers that both repeat the prompt: remove it from the answers", {}),
+            (self.changed, "pairs have text that the tokenizer changes (see --show)", {}),
+            (self.special, "pairs contain special tokens typed as text, which the model sees as special tokens", {}),
+        ):
+            listed = ", ".join(f"{name} ({count:,})" for name, count in Counter(names).most_common())
+            lines += [f"{n:,} {what}" + f": {listed}" * bool(listed)] * bool(n)
+        return "\n".join(lines)
+
+
+class Dropped(BadRow):
+    """A good row that is of no use at this max_length."""
+
+
+class Refused(NamedTuple):
+    """A row without a pair. Skipping it helps if `error` is a BadRow."""
+
+    place: str
+    error: ValueError
+    columns: list[str]
+
+    def __str__(self) -> str:
+        columns = f" (columns: {', '.join(self.columns):.200})" if self.columns else ""
+        return f"{self.place}: {self.error}{columns}"
+
+
+@dataclass
+class Reader:
+    """Turns rows into pairs. `max_length` is that of a prompt and one response, in tokens."""
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_length: int
+    max_prompt_length: int | None = None  # half of max_length unless given
+    max_position_embeddings: int | None = None
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_length is None:
+            self.max_prompt_length = self.max_length // 2
+        if not 0 < self.max_prompt_length < self.max_length:
+            found = f"max_prompt_length {self.max_prompt_length} and max_length {self.max_length}"
+            raise ValueError(f"expected 0 < max_prompt_length < max_length, got {found}")
+
+    def read(self, files: Sequence[str | Path], at_once: int = 64, progress: bool = False) -> Iterator[Pair | Refused]:
+        """What becomes of each row, in order; rows are read and encoded `at_once`.
+
+        Raises ValueError where a file cannot be read any further."""
+        for file in map(str, files):
+            rows = iter(progress_bar(read_rows(file), f"tokenizing {Path(file).name}", " rows", shown=progress))
+            while batch := list(islice(rows, at_once)):
+                written = [self.texts(row) for _, _, row in batch]
+                with suppress(BadRow):  # a row that fails is encoded alone below, and then fails with its own error
+                    encode([row for row in written if isinstance(row, Texts)], self.tokenizer)
+                for (number, place, row), texts in zip(batch, written):
+                    columns = sorted(row) if isinstance(row, dict) else []
+                    self.report.read += 1
+                    self.report.unread.update(c for c in columns if c not in FIELDS + CONTEXT and row[c] is not None)
+                    try:
+                        yield self.pair(texts, file, number)
+                    except ValueError as error:
+                        yield Refused(place, error, columns)
+
+    def texts(self, row: object) -> Texts | ValueError:
+        """What to encode of a row, or the error that `pair` raises when the row's turn has come."""
+        try:
+            return write(example_of(row), self.tokenizer)
+        except ValueError as error:
+            return error
+
+    def pair(self, row: Texts | ValueError, file: str, number: int) -> Pair:
+        """The pair of a row. Raises BadRow, or ValueError for problems that skipping the row cannot fix."""
+        if isinstance(row, ValueError):
+            raise row
+        if row.texts and not row.ids:
+            encode([row], self.tokenizer)
+        ids = split_ids(row, self.tokenizer) if row.texts else row.example.parts
+        check_ids(ids, row.example.parts, self.vocab_size)
+        bos = self.tokenizer.bos_length(ids[0]) if self.tokenizer else 0
+        short = truncate(ids, self.max_length, self.max_prompt_length, bos)
+        longest = len(short[0]) + max(map(len, short[1:]))
+        if self.max_position_embeddings and longest > self.max_position_embeddings:
+            limit = f"max_position_embeddings of {self.max_position_embeddings}: lower max_length"
+            raise ValueError(f"prompt and response are {longest} tokens, more than the model's {limit}")
+        if short[1] == short[2]:
+            raise Dropped("equal after truncation", f"both responses begin with the same {len(short[1])} tokens")
+        cut = tuple(len(before) - len(after) for before, after in zip(ids, short))
+        pair = Pair(*(np.array(part, np.int32) for part in short), file, number, cut)
+        self.report.add(pair, row, self.tokenizer)
+        return pair
 
 
 def load_pairs(
@@ -202,53 +384,34 @@ def load_pairs(
     progress: bool = True,
     max_position_embeddings: int | None = None,
 ) -> tuple[list[Pair], Report]:
-    """Read, tokenize and truncate preference files. `max_length` is that of a prompt and one response, in tokens, and
-    `max_prompt_length` half of it unless given.
+    """Read, tokenize and truncate preference files.
 
-    Raises ValueError naming file and line for the first bad row, unless `skip_bad_rows`; and always for what skipping
-    cannot mend: a damaged file, no tokenizer or template, a pair longer than the model has positions."""
-    max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
-    if not 0 < max_prompt_length < max_length:
-        raise ValueError(f"max_prompt_length {max_prompt_length} is not between 0 and max_length {max_length}")
-    pairs, report = [], Report()
-    for file in map(str, files):
-        for line, text in progress_bar(read_lines(file), f"tokenizing {Path(file).name}", " rows", shown=progress):
-            report.read += 1
-            try:
-                form, parts = one_form(parse(text))
-                ids = to_ids(form, parts, tokenizer)
-                for name, part in zip(FIELDS, ids):
-                    if wrong := [i for i in part if type(i) is not int or not 0 <= i < vocab_size]:
-                        raise BadRow("not in the vocabulary", f"{wrong[0]!r} in {name}; ids are 0 to {vocab_size - 1}")
-                if ids[1] == ids[2]:
-                    raise BadRow("equal answers", f"both are {parts[1]!r:.60}")
-                bos = tokenizer.bos_length(ids[0]) if tokenizer else 0
-                short = truncate(ids, max_length, max_prompt_length, bos)
-                longest = len(short[0]) + max(map(len, short[1:]))
-                if max_position_embeddings and longest > max_position_embeddings:
-                    limit = f"max_position_embeddings of {max_position_embeddings}: lower max_length"
-                    raise ValueError(f"prompt and response are {longest} tokens, more than the model's {limit}")
-            except ValueError as error:
-                bad = isinstance(error, BadRow)
-                if not (bad and skip_bad_rows):
-                    hint = " (--skip-bad-rows skips and counts such rows)" if bad else ""
-                    raise ValueError(f"{file}:{line}: {error}{hint}") from error
-                report.bad[error.reason] += 1
-                continue
-            if short[1] == short[2]:
-                report.dropped["equal after truncation"] += 1
-                continue
-            cut = tuple(len(before) - len(after) for before, after in zip(ids, short))
-            pairs.append(Pair(*(np.array(part, np.int32) for part in short), file, line, cut))
-            report.kept += 1
-            report.truncated += any(cut)
-            report.prompt_tokens += len(short[0])
-            report.response_tokens += len(short[1]) + len(short[2])
-            if form != "token ids":
-                fields = (item for part in parts if form == "messages" for message in part for item in message.items())
-                said = parts if form == "text" else [str(value) for key, value in fields if key != "role"]
-                report.special += any(map(tokenizer.control.search, said))
+    Raises ValueError naming file and line for the first bad row, unless `skip_bad_rows`; and always for problems that
+    skipping a row cannot fix: a damaged file, no tokenizer or template, a pair longer than the model has positions."""
+    reader = Reader(tokenizer, vocab_size, max_length, max_prompt_length, max_position_embeddings)
+    pairs, report = [], reader.report
+    for found in reader.read(files, progress=progress):
+        if isinstance(found, Pair):
+            pairs.append(found)
+        elif isinstance(found.error, Dropped):
+            report.dropped[found.error.reason] += 1
+        elif isinstance(found.error, BadRow) and skip_bad_rows:
+            report.bad[found.error.reason] += 1
+        else:
+            hint = "; --skip-bad-rows skips and counts such rows" if isinstance(found.error, BadRow) else ""
+            raise ValueError(f"{found}{hint}") from found.error
     return pairs, report
+
+
+def hold_out(pairs: Sequence[Pair], size: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs to evaluate on: `size` of them, at most a third, the same for every seed."""
+    order = np.random.default_rng(0).permutation(len(pairs))
+    held = min(size, len(pairs) // 3)
+    return [pairs[i] for i in np.sort(order[held:])], [pairs[i] for i in np.sort(order[:held])]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs as the model sees them
 
 
 def show_pair(pair: Pair, tokenizer: Tokenizer | None) -> str:
@@ -261,19 +424,6 @@ def show_pair(pair: Pair, tokenizer: Tokenizer | None) -> str:
         text = both[len(prompt) :] if both.startswith(prompt) else decode(ids)
         lines.append(f"⟦{name}, {len(ids)} tokens⟧{text}{missing or '⟦end⟧'}")
     return "\n".join(lines)
-
-
-def hold_out(pairs: list[Pair], size: int) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on, and `size` held-out ones but at most a third: the same for every seed."""
-    order = np.random.default_rng(0).permutation(len(pairs))
-    held = min(size, len(pairs) // 3)
-    return [pairs[i] for i in np.sort(order[held:])], [pairs[i] for i in np.sort(order[:held])]
-
-
-def show_pairs(files, n, tokenizer, vocab_size, max_length, max_prompt_length) -> None:
-    pairs, report = load_pairs(files, tokenizer, vocab_size, max_length, max_prompt_length)
-    print(report)
-    print("\n\n".join(show_pair(pair, tokenizer) for pair in pairs[:n]))
 
 
 def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tuple[list[Pair], list[Pair]]:
@@ -294,3 +444,27 @@ def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tu
     if not pairs or (flags.eval_data and not eval_pairs):
         raise ValueError("--data or --eval-data: no usable pair is left")
     return pairs, eval_pairs
+
+
+def show_pairs(
+    files: Sequence[str | Path],
+    n: int,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    max_position_embeddings: int | None = None,
+) -> Iterator[str]:
+    """The first n pairs, and a note in place of each bad row before the nth. Rows after the nth pair are not read.
+
+    Raises ValueError, as load_pairs does, for problems that skipping a row cannot fix."""
+    reader = Reader(tokenizer, vocab_size, max_length, max_prompt_length, max_position_embeddings)
+    for found in reader.read(files, at_once=1):
+        if isinstance(found, Pair):
+            yield show_pair(found, tokenizer)
+        elif isinstance(found.error, BadRow):
+            yield f"⟦no pair⟧ {found}"
+        else:
+            raise ValueError(str(found)) from found.error
+        if reader.report.kept == n:
+            return

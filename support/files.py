@@ -49,6 +49,31 @@ def what_is(path: str | os.PathLike) -> str | None:
     return None
 
 
+def check_folder(folder: Path, wanted: str) -> None:
+    """FileNotFoundError if folder/wanted does not exist: what the folder is instead of a checkpoint, and what to do."""
+    if (folder / wanted).exists():
+        return
+    inner = sorted([*folder.glob(f"*/{wanted}"), *folder.glob(f"snapshots/*/{wanted}")])
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.is_file():
+        what = f"expected a folder with {wanted}, got a file"
+    elif not folder.exists():
+        what = (
+            f"no such folder; download a model of the Hub first with `hf download {folder} --local-dir {folder.name}`"
+        )
+    elif inner:
+        what = f"no {wanted} in this folder; use {inner[-1].parent}"
+    elif "adapter_config.json" in names:
+        what = "this is a LoRA adapter; merge it into its base model first (merge_and_unload of peft) and save that"
+    elif wanted.endswith(".safetensors") and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+        what = f"expected {wanted}, got {', '.join(names)}; let transformers load the model and save_pretrained it here"
+    elif wanted == "tokenizer.json" and "tokenizer.model" in names:
+        what = "tokenizer.model alone cannot be read; load and save it here with AutoTokenizer of transformers"
+    else:
+        what = f"expected {wanted} in this folder, got {', '.join(names[:9]) or 'no files'}"
+    raise FileNotFoundError(f"{folder}: {what}")
+
+
 def require(ok: bool, otherwise: str) -> None:
     if not ok:
         raise ValueError(otherwise if len(otherwise) < 4000 else f"{otherwise[:2000]} … {otherwise[-2000:]}")

@@ -45,7 +45,7 @@ def flag(default: object, help: str, range: str = "", needs: str = "") -> datacl
     """A field of a dataclass of flags.
 
     range: "[0, 0.5]" or "(0, inf)", where a round bracket leaves the bound itself out, or "float32 | bfloat16".
-    needs: a flag that must be given too.
+    needs: a flag that must be given too, or this one would change nothing.
     """
     special = isinstance(default, OfJob | Like)
     metadata = {"help": help, "range": range, "needs": needs, "default": default}
@@ -65,7 +65,7 @@ def fill_in(flags: object, real: bool) -> None:
         value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]
         if allowed and value is not None and (expected := _expected(value, allowed)):
             raise ValueError(f"{option(field.name)} must be {expected} (got {value})")
-        if needs and value and not getattr(flags, needs):
+        if needs and field.name in flags.given and not getattr(flags, needs):
             raise ValueError(f"{option(field.name)} also needs {option(needs)}")
 
 
@@ -76,12 +76,13 @@ def _expected(value: float | int | str, allowed: str) -> str:
     low, high = (float(bound) for bound in allowed[1:-1].split(","))
     above = value >= low if allowed[0] == "[" else value > low
     below = value <= high if allowed[-1] == "]" else value < high
-    if above and below and not (isinstance(value, int) and value > LARGEST):
+    if isinstance(value, int) and value > LARGEST:
+        return f"at most {LARGEST}"
+    if above and below:
         return ""
     at_least = f"at least {low:g}" if allowed[0] == "[" else f"above {low:g}"
     if high == math.inf:
-        finite = " and finite" if allowed[-1] == ")" else ""
-        return at_least + (finite if isinstance(value, float) else f" and at most {LARGEST}")
+        return at_least + (" and finite" if isinstance(value, float) and allowed[-1] == ")" else "")
     if allowed[0] == "[" and allowed[-1] == "]":
         return f"between {low:g} and {high:g}"
     return at_least + (f" and at most {high:g}" if allowed[-1] == "]" else f" and below {high:g}")
@@ -96,8 +97,10 @@ class _Parser(argparse.ArgumentParser):
         """One line instead of the whole usage, with the flag that was probably meant."""
         known = [name for action in self._actions for name in action.option_strings]
         wrong = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        near = difflib.get_close_matches(wrong.replace("_", "-"), known, 1) if wrong.startswith("--") else []
-        hint = f"did you mean {near[0]}?" if near and wrong not in known else "see --help"
+        near = [name for name in known if name.startswith(wrong)]
+        near = near or difflib.get_close_matches(wrong.replace("_", "-"), known, 1)
+        meant = wrong.startswith("--") and wrong not in known and near
+        hint = f"did you mean {near[0]}?" if meant else "see --help"
         self.exit(2, f"{self.prog}: error: {message} ({hint})\n")
 
 

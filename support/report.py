@@ -98,7 +98,9 @@ def draw(lines: list[dict[str, float]], path: Path) -> bool:
     return True
 
 
-def forecast(policy: GPT, pairs: Sequence[Pair], eval_pairs: Sequence[Pair], flags: object) -> str:
+def forecast(
+    policy: GPT, reference: GPT | None, pairs: Sequence[Pair], eval_pairs: Sequence[Pair], flags: object
+) -> str:
     """Steps, tokens, evaluations and a rough estimate of memory, before any is spent."""
     c, world = policy.config, rank_and_world()[1]
     epoch = math.ceil(len(pairs) / flags.batch_size)
@@ -106,16 +108,16 @@ def forecast(policy: GPT, pairs: Sequence[Pair], eval_pairs: Sequence[Pair], fla
     tokens = [sum(map(len, pair[:3])) for pair in pairs]
     seen = sum(tokens) / len(tokens) * pairs_seen(steps, len(pairs), flags.batch_size)
     evaluations = len({step for step in range(steps + 1) if is_due(step, steps, flags.eval_every)}) if eval_pairs else 0
-    # Numbers of 4 bytes: the policy's weights, gradient and two moments and the reference's weights; two gradients of a
-    # table on their way to it; with more than one process embeddings and heads whole (policy's, gradient, reference's);
-    # what backward needs; a chunk of the head.
+    # In numbers of 4 bytes: the policy's weights, gradient and two moments; the reference (of a cached one the output
+    # matrix); two gradients of a table on their way to it; with more than one process embeddings and heads whole
+    # (policy's, gradient, reference's); what backward needs; a chunk of the head.
     layer, table = 9 * c.hidden_size + 2 * c.intermediate_size, c.vocab_size * c.hidden_size
-    layers, parameters = c.num_hidden_layers, sum(p.numel() for p in policy.parameters())
+    layers, of_policy = c.num_hidden_layers, sum(p.numel() for p in policy.parameters())
+    of_reference = sum(p.numel() * p.element_size() for p in reference.parameters()) / 4 if reference else table
     kept = layer + layers * c.hidden_size if flags.gradient_checkpointing else layers * layer
     whole = (2 if world == 1 else 3 if c.tie_word_embeddings else 6) * table
-    shared = 4 * parameters + (table if flags.cache_reference else parameters)
     longest = max(flags.micro_tokens, sum(tokens) / len(tokens))
-    memory = 4e-9 * (shared / world + whole + kept * longest + 1024 * c.vocab_size)
+    memory = 4e-9 * ((4 * of_policy + of_reference) / world + whole + kept * longest + 1024 * c.vocab_size)
     return (
         f"{steps:,} steps of {flags.batch_size} pairs, about {seen:,.0f} tokens; {evaluations} evaluations of "
         f"{len(eval_pairs):,} pairs; roughly {memory:.1f} GB of memory on each device"

@@ -5,6 +5,7 @@ of a prompt, and one clear error for whatever the library throws."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from support.files import what_is
 from support.rows import MAX_DETAIL, BadRow
 
 MARK = "Xq7AnswerXq7"  # stands for an answer where only the text that the template writes after it matters
@@ -46,6 +48,8 @@ class Tokenizer:
             from transformers import PreTrainedTokenizerFast
         except ImportError as error:
             raise ImportError("text needs the package transformers: pip install -e '.[hf]'") from error
+        if file.exists() and (kind := what_is(file)):
+            raise ValueError(f"{file} is {kind}")
         with one_error(ValueError, f"cannot read the tokenizer of {folder}"):
             # tokenizer.json is the truth. AutoTokenizer would rebuild some tokenizers from the name of their class.
             own = tokenizers.Tokenizer.from_file(str(file))
@@ -78,7 +82,7 @@ class Tokenizer:
         return [i if chat or i[: len(self.lead)] == self.lead else self.lead + i for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def bos_length(self, ids: list[int]) -> int:
         """How many ids at the start of a prompt mark its beginning: `lead`, or the bos_token that a template wrote."""
@@ -96,46 +100,63 @@ class Tokenizer:
             return True
         return self.library.bos_token in question.rpartition(MARK)[2]
 
+    def template(self, tools: list | None = None) -> str:
+        """The source of the chat template. Raises ValueError if there is none."""
+        try:
+            return self.library.get_chat_template(tools=tools)
+        except ValueError:
+            raise ValueError(f"{self.folder} has no (default) chat template, which rows of messages need") from None
+
+    @cached_property
+    def reserved(self) -> set[str]:
+        """Names that are no variables of a template, because apply_chat_template has parameters of that name."""
+        return {*inspect.signature(self.library.apply_chat_template).parameters, "messages", "documents"}
+
     def render(self, messages: list[dict], options: dict | None = None, **how: bool) -> str:
         """The text of a dialogue, by transformers' `apply_chat_template`; options: tools, variables of the template.
 
         Raises ValueError if there is no template, BadRow with the template's own words if it fails."""
         options = options or {}
-        try:
-            self.library.get_chat_template(tools=options.get("tools"))
-        except ValueError:
-            raise ValueError(f"{self.folder} has no (default) chat template, which rows of messages need") from None
+        self.template(options.get("tools"))
         with one_error(BadRow, "chat template refuses", f"the template of {self.folder}"):
             return self.library.apply_chat_template(messages, tokenize=False, **how, **options)
 
-    def dialogue(self, prompt: list[dict], answer: list[dict], options: dict | None = None) -> tuple[str, str, bool]:
-        """The text of the prompt, that of the dialogue up to its end-of-turn token, and whether the template wrote one.
+    def dialogues(
+        self, prompt: list[dict], answers: list[list[dict]], options: dict | None = None
+    ) -> tuple[str, list[tuple[str, bool]]]:
+        """The text of the prompt; and for each answer the text of prompt and answer up to the end-of-turn token, and
+        whether the template wrote such a token.
 
-        A prompt that ends in an assistant's message is a prefill: the answer's first message continues that message.
+        A prompt that ends in an assistant's message is a prefill: the first message of an answer continues it.
 
         The end of turn is the first added token *after* the answer's content, in which users may have typed others. To
         see where the content ends, the same dialogue is rendered with another last message: what follows that message
         is the template's own text."""
-        if prompt[-1]["role"] == "assistant":
-            joined = {**prompt[-1], **answer[0], "content": prompt[-1]["content"] + answer[0].get("content", "")}
-            messages = [*prompt[:-1], joined, *answer[1:]]
-            head = self.render(prompt, options, continue_final_message=True)
-        else:
+        prefill = prompt[-1]["role"] == "assistant"
+        head = self.render(prompt, options, **{"continue_final_message" if prefill else "add_generation_prompt": True})
+        wholes = []
+        for answer in answers:
             messages = [*prompt, *answer]
-            head = self.render(prompt, options, add_generation_prompt=True)
-        whole = self.render(messages, options)
-        if not whole.startswith(head):
-            same = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole)))
-            found = f"{head[same : same + 40]!r} at character {same} of the prompt, {whole[same : same + 40]!r} where"
-            details = f"the template of {self.folder} writes {found} an answer follows"
-            raise BadRow("chat template changes the prompt", details)
-        marked = self.render([*messages[:-1], {"role": "assistant", "content": MARK}], options)
-        tail = marked.rpartition(MARK)[2]
-        if tail == marked or not whole.endswith(tail):
-            details = f"the template of {self.folder} changes the text of a message, so its end cannot be found"
-            raise BadRow("no end of the answer", details)
-        end = self.added.search(tail)
-        return head, whole[: len(whole) - len(tail) + (end.end() if end else len(tail.rstrip()))], end is not None
+            if prefill:
+                joined = prompt[-1]["content"] + answer[0].get("content", "")
+                messages = [*prompt[:-1], {**prompt[-1], **answer[0], "content": joined}, *answer[1:]]
+            whole = self.render(messages, options)
+            if not whole.startswith(head):
+                n = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole)))
+                found = f"{head[n : n + 40]!r} at character {n} of the prompt, {whole[n : n + 40]!r} where an answer"
+                raise BadRow(
+                    "chat template changes the prompt", f"the template of {self.folder} writes {found} follows"
+                )
+            marked = self.render([*messages[:-1], {"role": "assistant", "content": MARK}], options)
+            tail = marked.rpartition(MARK)[2]
+            if tail == marked or not whole.endswith(tail):
+                details = f"the template of {self.folder} changes the text of a message, so its end cannot be found"
+                raise BadRow("no end of the answer", details)
+            end = self.added.search(tail)
+            wholes.append(
+                (whole[: len(whole) - len(tail) + (end.end() if end else len(tail.rstrip()))], end is not None)
+            )
+        return head, wholes
 
 
 def any_of(tokens: Iterator[str]) -> re.Pattern:

@@ -1,9 +1,9 @@
 """A world small enough to list: every number about a policy is computed, none is estimated.
 
-The alphabet is a–e. A prompt is one letter. A response is 0 to 5 letters and a stop, so each of the 5 prompts has the
-same 3,906 responses. After five letters the world stops by itself; this stop is neither sampled nor scored, so the
-probabilities of the listed responses sum to exactly 1. The reward can be checked by eye: +1 for each occurrence of the
-prompt's letter, −1 for each doubled letter. For prompt a, "abca." earns 2 and "aab." earns 2 − 1 = 1.
+A prompt is one of the letters a–e. A response is 0 to 5 letters and a stop: 3,906 responses, the same for each prompt.
+After five letters the world stops by itself; this stop is neither sampled nor scored, so the probabilities of the list
+sum to exactly 1. The reward can be checked by eye: +1 for each occurrence of the prompt's letter, −1 for each doubled
+letter. For prompt a, "abca." earns 2 and "aab." earns 2 − 1 = 1.
 
 A *policy* is any callable from tokens (B, T) int64 to next-token logits (B, T, 6): a model, or the language itself.
 All that the reports need from a policy is one tensor (5, 3906), the log-probabilities of all responses.
@@ -72,10 +72,10 @@ class World:
         return (spread * torch.randn(3 * [self.letters], generator=generator, dtype=torch.float64)).softmax(-1)
 
     def language(self, tokens: Tensor) -> Tensor:
-        """The language as a policy: a first-order Markov chain for each prompt that starts from the prompt's letter.
+        """The language as a policy: for each prompt a first-order Markov chain that starts from the prompt's letter.
 
-        Its stop has probability 0.1 at first and 0.1 more after each letter, at most 0.9. Takes `tokens_of` (B, T);
-        returns log-probabilities (B, T, letters + 1) float64, without meaning at the first token and after a stop.
+        A stop has probability 0.1 at first and 0.1 more after each letter, at most 0.9. tokens: as from `tokens_of`.
+        Returns log-probabilities (B, T, letters + 1) float64, without meaning at the first token and after a stop.
         """
         stop = 0.1 * torch.arange(tokens.shape[1], dtype=torch.float64).clamp(max=9)  # (T,)
         stop = stop.expand(tokens.shape)[..., None]  # (B, T, 1)
@@ -85,8 +85,7 @@ class World:
     def prompt_ids(self, prompt: int) -> np.ndarray:
         """Token ids of a prompt: a stop, then its letter.
 
-        A model with rotary positions only sees distances. Without the stop, the rows "a", "aa" and "aaa" would look the
-        same to it, and it could not predict different next letters after the prompt and after the letters that follow.
+        A model with rotary positions sees distances only: without the stop, "a", "aa" and "aaa" are the same to it.
         """
         return np.array([self.letters, prompt], np.int32)
 
@@ -105,14 +104,10 @@ class World:
 
     @torch.no_grad()
     def list_logps(self, policy: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> Tensor:
-        """log π(y|x) of every response, (P, N) float64 on the CPU, from one call of `policy`.
-
-        The call's tokens (P · letters^(length−1), 1 + length) are on `device`; logits are normalised in float64.
-        """
+        """log π(y|x) of every response, (P, N) float64 on the CPU, from one call of `policy` on tokens on `device`."""
         longest = torch.nonzero((self.responses < self.letters).sum(1) == self.length - 1)[:, 0]
-        tokens = self.tokens_of(
-            torch.arange(self.letters).repeat_interleave(len(longest)), longest.repeat(self.letters)
-        )
+        prompt = torch.arange(self.letters).repeat_interleave(len(longest))
+        tokens = self.tokens_of(prompt, longest.repeat(self.letters))
         logps = policy(tokens.to(device))[:, 1:].double().cpu().log_softmax(-1)  # (P · longest, length, V)
         logps = logps.view(self.letters, len(longest), self.length, -1)
         prefix, stopped = logps.new_zeros(self.letters, 1), []  # log P(begins with these n letters), log P(is them)
@@ -126,8 +121,8 @@ class World:
 def fit_reference(model: torch.nn.Module, world: World, steps: int = 300, seed: int = 0, lr: float = 3e-3) -> float:
     """Train `model` on the language by maximum likelihood; returns KL(language ‖ model) in nats.
 
-    Each step draws 64 texts. At each of their prefixes the target is the language's distribution of the next token, not
-    the sampled token: the same gradient on average, and its noise vanishes as the model gets close.
+    Each step draws 64 texts. The target at each prefix is the language's whole distribution of the next token, so the
+    noise of the gradient vanishes as the model gets close.
     """
     generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     language = world.list_logps(world.language)
@@ -268,35 +263,30 @@ def table(reports: dict[str, Exact]) -> str:
 
 
 def draw_responses(logp: Tensor, n: int, seed: int) -> Tensor:
-    """n responses to each prompt, (P, n) int64, drawn from `logp` (P, N): the largest of log π + Gumbel noise.
-
-    The noise is a function of the seed alone. Last bits of log π cannot change a draw unless two sums are that close.
-    """
-    uniform = torch.rand(
-        len(logp), n, logp.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    """n responses to each prompt, (P, n) int64: the largest log π + Gumbel noise, so that last bits hardly matter."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(logp), n, logp.shape[1], generator=generator, dtype=torch.float64)
     return (logp[:, None] - (-uniform.log()).log()).argmax(-1)
 
 
 def print_report(problem: Problem, logps: dict[str, Tensor], betas: Sequence[float], told: int) -> None:
-    """Print what training did, exactly: a table, sampled responses, and one sentence about the first of the policies.
+    """Print what training did: a table of exact numbers, sampled responses, and the first policy's numbers in words.
 
-    logps: by name, log π of all responses (P, N). betas: β of each step. told: how many preferences training has seen.
+    logps: log π of all responses (P, N), by name. betas: β of each step. told: how many preferences training has seen.
     """
-    world, ref_logp, reward, first = problem.world, problem.ref_logp, problem.world.reward, next(iter(logps))
-    listed = {"reference": ref_logp} | logps | {"optimum π*": optimum(ref_logp, reward, betas[0])}
-    reports = {name: report(logp, ref_logp, reward, betas[0]) for name, logp in listed.items()}
-    print(f"\nafter {len(betas)} steps, {told:,} preferences; exact sums over all responses; J, π* at β = {betas[0]}")
+    world, reward, first = problem.world, problem.world.reward, next(iter(logps))
+    logps = {"reference": problem.ref_logp} | logps | {"optimum π*": optimum(problem.ref_logp, reward, betas[0])}
+    reports = {name: report(logp, problem.ref_logp, reward, betas[0]) for name, logp in logps.items()}
+    print(f"\nafter {len(betas)} steps; exact sums over all responses; J and π* are those of β = {betas[0]}")
     print(table(reports))
-    print("\nresponses drawn     ", *(f"{name:29}" for name in ("reference", first)))
-    drawn = [draw_responses(listed[name], 4, world.seed).tolist() for name in ("reference", first)]
-    for prompt in range(world.letters):
-        texts = (" ".join(map(world.text, responses[prompt])) for responses in drawn)
-        print(f"  to {string.ascii_lowercase[prompt]}:            ", *(f"{text:29}" for text in texts))
-    ours = reports[first]
-    share = "nothing" if math.isnan(ours.share) else f"{ours.share:.0%}"
+    drawn = {name: draw_responses(logps[name], 4, world.seed).tolist() for name in ("reference", first)}
+    print("\nresponses drawn      " + "".join(f"{name:30}" for name in drawn))
+    for prompt, letter in enumerate(string.ascii_lowercase[: world.letters]):
+        texts = (" ".join(map(world.text, responses[prompt])) for responses in drawn.values())
+        print(f"  to {letter}:              " + "".join(f"{text:30}" for text in texts))
+    share = "nothing" if math.isnan(reports[first].share) else f"{reports[first].share:.0%}"
     print(
         f"\nβ went from {betas[0]:.3f} to {betas[-1]:.3f}. In words: the policy was told {told:,} times which of two "
-        f"responses is preferred. It now beats the reference in {ours.win_rate:.0%} of comparisons, and has {share} of "
-        "the gain in reward that is possible at its distance from the reference."
+        f"responses is preferred. It now beats the reference in {reports[first].win_rate:.0%} of comparisons, and has "
+        f"{share} of the gain in reward that is possible at its distance from the reference."
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import torch
+
+from model import Config
+from support.checkpoint import resolve
 
 SMALL = {
     "vocab_size": 61,
@@ -145,3 +150,30 @@ def oracle(folder: Path, **options):
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
     )
+
+
+MADE = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def folder_of(variant: str) -> Path:
+    """The checkpoint folder of a variant, made once; not to be changed."""
+    return write_checkpoint(Path(MADE.name) / variant, fields(variant))
+
+
+def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, relative to the scale of what is wanted."""
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def rows(vocabulary: int = 61, shape: tuple[int, ...] = (2, 24), seed: int = 1) -> torch.Tensor:
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rewrite(folder: Path, **changes) -> Path:
+    content = json.loads((folder / "config.json").read_text()) | changes
+    return write_config(folder, content).parent
+
+
+def small_config(**more) -> Config:
+    return resolve({"model_type": "llama"} | SMALL | more)

@@ -53,6 +53,8 @@ BYTES = {  # (its three pieces, dice) -> what becomes of them
     "a byte-order mark": lambda a, b, c, dice: b"\xef\xbb\xbf" + a + b + c,
     "UTF-16": lambda a, b, c, dice: (a + b + c).decode("latin1").encode("utf-16"),
     "gzipped": lambda a, b, c, dice: gzip.compress(a + b + c),
+    "a Git LFS pointer": lambda a, b, c, dice: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "an HTML page": lambda a, b, c, dice: b"<!DOCTYPE html>\n<html></html>\n",
 }
 ABSURD = ("2147483648", "9223372036854775807", "18446744073709551616", "1e308", "1e999", "1e-320", "1" + "0" * 40)
 VALUES = {  # (a value, dice) -> JSON that takes its place
@@ -235,6 +237,7 @@ FILES = {  # (all lines, dice) -> what stands in the file
     "gzip cut short": lambda whole, dice: gzip.compress(whole)[: dice.randrange(3, len(gzip.compress(whole)))],
     "gzip damaged": lambda whole, dice: damage("a byte changed", gzip.compress(whole), dice),
     "gzip of nothing": lambda whole, dice: gzip.compress(b""),
+    "one JSON array": lambda whole, dice: b"[" + b",\n".join(whole.splitlines()) + b"]",
     "blank lines alone": lambda whole, dice: b" \r\n\t\n" * dice.randrange(1, 99),
 }
 

@@ -216,6 +216,7 @@ def run_many(argv, folder: Path, world: int = 2, before: dict[int, str] | None =
 def argv_of(folder: Path, out: Path | None, *more, model: str = "model", data: str = "ids.jsonl") -> list[str]:
     """A real run of 3 epochs of 4 steps, the last of them of 7 pairs, in micro-batches of two pairs or so."""
     argv = ["--model", folder / model, "--data", folder / data, *(["--out", out] if out else [])]
-    argv += ["--eval-data", folder / "held.jsonl", "--epochs", 3, "--batch-size", 8, "--micro-tokens", 40]
+    argv += ["--eval-data", folder / "held.jsonl", "--batch-size", 8, "--micro-tokens", 40]
+    argv += [] if "--steps" in more else ["--epochs", 3]
     argv += ["--lr", 1e-2, "--beta", 0.1, "--epsilon", 0.05, *more]
     return [str(a) for a in argv]

@@ -194,7 +194,7 @@ def test_a_line_that_is_no_row(tmp_path, second, reason):
 @pytest.mark.parametrize("content", [b"", b"\n\n", b" \r\n", gzip.compress(b""), b"\xef\xbb\xbf"])
 def test_an_empty_file(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match="a:1: .*empty"):
+    with pytest.raises(ValueError, match="a: the file is empty"):
         load(tmp_path / "a", skip_bad_rows=True)
 
 
@@ -261,8 +261,8 @@ def test_the_last_id_of_the_vocabulary_is_fine(tmp_path):
         ({"chosen": "text"}, "mixed forms"),
         ({"chosen": [5]}, "equal answers"),
         ({"chosen": 3}, "unknown form"),
-        ({"chosen": {"role": "assistant"}}, "unknown form"),
-        ({"chosen": [3, {"role": "assistant", "content": "x"}]}, "unknown form"),
+        ({"chosen": {"role": "assistant"}}, "not a message"),
+        ({"chosen": [3, {"role": "assistant", "content": "x"}]}, "not a message"),
     ],
 )
 def test_rows_of_ids_that_cannot_be_used(tmp_path, change, reason):
@@ -295,16 +295,19 @@ def test_truncation_rule(p, c, r, limit, draw):
     bos = draw.draw(st.integers(0, min(p, 3)))
     ids = [list(range(p)), list(range(100, 100 + c)), list(range(200, 200 + r))]
     prompt, chosen, rejected = data.truncate(ids, limit, most, bos)
-    longer = max(c, r)
-    if p + longer <= limit:
+    bos = min(bos, len(prompt))
+    assert prompt == ids[0][:bos] + ids[0][p - len(prompt) + bos :]  # cut on its left, after the beginning
+    assert chosen == ids[1][: len(chosen)] and rejected == ids[2][: len(rejected)]  # cut on their right
+    longer = max(len(chosen), len(rejected))
+    if p + max(c, r) <= limit:
         assert [prompt, chosen, rejected] == ids
-    kept = p if p + longer <= limit else min(p, max(limit - longer, most))
-    bos = min(bos, kept)
-    assert len(prompt) == kept and prompt[:bos] == ids[0][:bos]
-    assert prompt[bos:] == ids[0][p - kept + bos :]
-    room = limit - kept
-    assert chosen == ids[1][:room] and rejected == ids[2][:room]
-    assert prompt and chosen and rejected and len(prompt) + max(len(chosen), len(rejected)) <= limit
+    else:
+        assert len(prompt) + longer == limit  # no more is cut than must be
+    for before, after in ((c, len(chosen)), (r, len(rejected))):
+        assert after == min(before, limit - len(prompt))  # one limit for both responses
+        if after < before:
+            assert len(prompt) <= most  # a response loses tokens only when the prompt has none to spare
+    assert len(prompt) >= min(p, most)
 
 
 def test_equal_after_truncation_is_dropped_and_counted(tmp_path):
@@ -362,3 +365,72 @@ def test_memory_is_that_of_the_ids(tmp_path):
     assert sum(ids.nbytes for p in pairs for ids in p[:3]) == 50 * 5 * 4
     assert all(ids.base is None for p in pairs for ids in p[:3])  # no view that keeps something larger alive
     assert os.path.getsize(tmp_path / "a") > 500_000
+
+
+# ------------------------------------------------------------------------------------- files that are something else
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer.*git lfs pull"),
+        (b"PAR1\x15\x04", "a table; make JSON lines"),
+        (b"PK\x03\x04\x14\x00", "a zip archive"),
+        (b"\x28\xb5\x2f\xfd\x00", "a zstd file"),
+        (b"prompt,chosen,rejected\nHi,yes,no\n", "a table; make JSON lines"),
+        (json.dumps(ROW).encode("utf-16"), "text in UTF-16"),
+        (b"<!DOCTYPE html><html>", "an HTML page"),
+    ],
+)
+def test_a_file_that_is_something_else(tmp_path, content, words):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a is {words}"):
+        load(tmp_path / "a", skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\n  "])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array(tmp_path, indent, mark, pack):
+    """As most copied demo files of DPO have it. Numbers are those of its rows."""
+    rows = [ROW, {**ROW, "rejected": [6]}, 3, None, {"chosen": [1]}, ROW]
+    (tmp_path / "a.json").write_bytes(pack(mark + json.dumps(rows, indent=indent).encode()))
+    with pytest.raises(ValueError, match="a.json: row 3: not an object: got 3"):
+        load(tmp_path / "a.json")
+    pairs, report = load(tmp_path / "a.json", skip_bad_rows=True)
+    assert [pair.line for pair in pairs] == [1, 2, 6] and as_lists(pairs[1])[2] == [6] and report.read == 6
+    assert report.bad == {"not an object": 2, "missing field": 1}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[]", "the file is empty"),
+        ("[{}", "not JSON"),
+        ("[{}] {}", "not JSON"),
+        ('[{"a": 1, "a": 2}]', "a key occurs twice"),
+    ],
+)
+def test_a_json_array_that_cannot_be_read(tmp_path, text, words):
+    (tmp_path / "a").write_text(text)
+    with pytest.raises(ValueError, match=f"a: .*{words}"):
+        load(tmp_path / "a", skip_bad_rows=True)
+
+
+def test_a_row_of_null_is_a_bad_row(tmp_path):
+    (tmp_path / "a").write_bytes(b"\n" + LINE + b"\nnull\n\n" + LINE)
+    pairs, report = load(tmp_path / "a", skip_bad_rows=True)
+    assert [p.line for p in pairs] == [2, 5] and report.read == 3 and report.bad == {"not an object": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------- held out
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_held_out_pairs(n, size):
+    pairs = [pair([i], [1], [2]) for i in range(n)]
+    train, held = data.hold_out(pairs, size)
+    number = [int(p.prompt[0]) for p in train], [int(p.prompt[0]) for p in held]
+    assert sorted(sum(number, [])) == list(range(n)) and len(held) == min(size, n // 3)
+    assert all(numbers == sorted(numbers) for numbers in number)
+    assert number[1] == sorted(np.random.default_rng(0).permutation(n).tolist()[: len(held)])  # as in earlier versions

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from support import data
 from support.data import load_pairs, show_pair
+from support.forms import TURN, Example, parts_of
 from support.rows import BadRow
 from support.text import Tokenizer
 
@@ -183,7 +184,9 @@ def test_tokens_are_those_of_the_whole_texts(tmp_path, kinds, kind, prompt, chos
     while shared < min(map(len, (own, *wholes))) and own[shared] == wholes[0][shared] == wholes[1][shared]:
         shared += 1
     if not shared:
-        with pytest.raises(ValueError, match="a:1: no token of the prompt stands alone.*(empty|adds nothing|runs on)"):
+        with pytest.raises(
+            ValueError, match="a:1: the prompt and the answers share no whole token.*(empty|adds nothing|runs on)"
+        ):
             one(tmp_path / "a", text_row(prompt, chosen, rejected), tokenizer)
         return
     got = one(tmp_path / "a", text_row(prompt, chosen, rejected), tokenizer)
@@ -206,12 +209,14 @@ def test_the_seam_rule(tmp_path_factory, prompt, chosen, rejected, kind):
     )
     test_the_seam_rule.tokenizers[kind] = tokenizer
     try:
-        head, first, second = data.to_ids("text", [prompt, chosen, rejected], tokenizer)
+        row = data.write(Example("text", [prompt, chosen, rejected], None, {}), tokenizer)
+        data.encode([row], tokenizer)
+        head, first, second = data.split_ids(row, tokenizer)
     except BadRow as error:
         head, *answers = tokenizer.encode([prompt, prompt + chosen, prompt + rejected], chat=False)
         nothing = any(ids == head[: len(ids)] for ids in answers)
         assert error.reason == ("blank answer" if nothing and head[:1] == answers[0][:1] == answers[1][:1] != []
-                                else "no token of the prompt stands alone")  # fmt: skip
+                                else "the prompt and the answers share no whole token")  # fmt: skip
         return
     whole = tokenizer.encode([prompt, prompt + chosen, prompt + rejected], chat=False)
     assert head + first[:-1] in (whole[1], whole[1][:-1]) and head + second[:-1] in (whole[2], whole[2][:-1])
@@ -344,12 +349,12 @@ def test_a_prompt_beside_whole_dialogues_as_text_is_not_doubled(tmp_path, kinds)
 )
 def test_whole_dialogues_beside_another_prompt_are_refused(prompt, chosen, rejected):
     with pytest.raises(BadRow, match="two prompts"):
-        data.one_form({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        parts_of({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
 def test_a_prompt_that_ends_before_the_answers_turn():
     beside = {"prompt": "\n\nHuman: He said", "chosen": HEAD_TEXT + " yes", "rejected": HEAD_TEXT + " no"}
-    assert data.one_form(beside) == ("text", [HEAD_TEXT, " yes", " no"])
+    assert parts_of(beside) == ("text", [HEAD_TEXT, " yes", " no"])
 
 
 @pytest.mark.parametrize(
@@ -358,17 +363,17 @@ def test_a_prompt_that_ends_before_the_answers_turn():
 def test_dialogues_part_at_one_place_whatever_prompt_stands_beside_them(prompt):
     head = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = {"prompt": prompt, "chosen": head + " yes", "rejected": head + " no"}
-    assert data.one_form(row) == ("text", [head, " yes", " no"])
+    assert parts_of(row) == ("text", [head, " yes", " no"])
 
 
 def test_dialogues_without_their_first_line_breaks():
     row = text_row("Human: a", "Human: a\n\nAssistant: yes", "Human: a\n\nAssistant: no")
-    assert data.one_form(row) == ("text", ["Human: a\n\nAssistant:", " yes", " no"])
+    assert parts_of(row) == ("text", ["Human: a\n\nAssistant:", " yes", " no"])
 
 
 def test_an_answer_that_goes_on_with_other_turns_is_an_answer():
     for answers in ((" yes", "\n\nHuman: next\n\nAssistant: no"), (" b\n\nHuman: c\n\nAssistant: d", " e")):
-        assert data.one_form(text_row(HEAD_TEXT, *answers)) == ("text", [HEAD_TEXT, *answers])
+        assert parts_of(text_row(HEAD_TEXT, *answers)) == ("text", [HEAD_TEXT, *answers])
 
 
 REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
@@ -582,6 +587,14 @@ def test_a_folder_that_cannot_be_read(tmp_path, broken, content):
 
 # --------------------------------------------------------------------------------------------------------- chats
 
+
+def test_a_pointer_in_place_of_a_tokenizer(tmp_path):
+    folder = make(tmp_path / "m")
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="tokenizer.json is a Git LFS pointer.*git lfs pull"):
+        Tokenizer.from_pretrained(folder)
+
+
 ENDS = {
     "ChatML": "<|im_end|>",
     "Llama 2": "</s>",
@@ -650,7 +663,7 @@ def test_typed_special_tokens_are_special_as_in_transformers_and_counted(with_te
     head = theirs.apply_chat_template(evil, tokenize=False, add_generation_prompt=True)
     assert pairs[0].prompt.tolist() == theirs(head, add_special_tokens=False)["input_ids"]
     assert pairs[0].prompt.tolist().count(3) == pairs[1].prompt.tolist().count(3) + 1
-    assert report.special == 2 and "2 pairs hold special tokens" in str(report)
+    assert report.special == 2 and "2 pairs contain special tokens" in str(report)
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_token(with_template, tmp_path):
@@ -667,7 +680,7 @@ def test_an_answer_of_which_no_token_is_left_is_blank(with_template, tmp_path, a
     tokenizer = with_template(CHATML, backend=backend)
     for row in (text_row("He said</s>", "yes", answer), text_row("He said", answer, "no"),
                 {"prompt": "Hi", "chosen": [assistant(answer)], "rejected": NO}):  # fmt: skip
-        with pytest.raises(ValueError, match="a:1: blank answer: of .*200b"):
+        with pytest.raises(ValueError, match="a:1: blank answer: no token is left of .*200b"):
             load(tmp_path / "a", [row], tokenizer)
         assert not load(tmp_path / "a", [row], tokenizer, skip_bad_rows=True)[0]
 
@@ -866,7 +879,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ],
 )
 def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejected):
-    form, parts = data.one_form(row)
+    form, parts = parts_of(row)
     assert (form, parts) == ("messages", [prompt, chosen, rejected])
     tokenizer = with_template(CHATML)
     plain = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -913,11 +926,15 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
         ({"prompt": [user(3)], "chosen": YES, "rejected": NO}, "not a message"),
         ({"prompt": [user([{"type": "text", "text": "x"}])], "chosen": YES, "rejected": NO}, "not a message"),
         ({"prompt": [{"role": "user"}], "chosen": YES, "rejected": NO}, "not a message"),
-        ({"prompt": ["Hi", user("x")], "chosen": YES, "rejected": NO}, "unknown form"),
-        ({"prompt": {"role": "user", "content": "x"}, "chosen": YES, "rejected": NO}, "unknown form"),
+        ({"prompt": ["Hi", user("x")], "chosen": YES, "rejected": NO}, "not a message: prompt.0. is 'Hi'"),
+        (
+            {"prompt": ["Hi"], "chosen": YES, "rejected": NO},
+            "unknown form: prompt is a list of strings, .'Hi'.;.*as text, as",
+        ),
+        ({"prompt": "Hi", "chosen": ["yes"], "rejected": ["no"]}, "unknown form: chosen is a list of strings"),
         ({"prompt": [], "chosen": YES, "rejected": NO}, "unknown form"),
         ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "unknown form"),
-        ({"prompt": "Hi", "chosen": YES}, "missing field: .*rejected absent, found chosen, prompt"),
+        ({"prompt": "Hi", "chosen": YES}, "missing field: no rejected;.*columns: chosen, prompt"),
         ({"prompt": "Hi", "chosen": None, "rejected": NO}, "missing field"),
         # blank or equal
         ({"prompt": "Hi", "chosen": " ", "rejected": "no"}, "blank answer: chosen is ' '"),
@@ -966,7 +983,7 @@ def test_rows_that_cannot_be_used(with_template, tmp_path, row, reason):
 )
 def test_two_dialogues_in_plain_text(prompt, chosen, rejected):
     for a, b in ((chosen, rejected), (rejected, chosen)):
-        assert data.one_form({"chosen": prompt + a, "rejected": prompt + b}) == ("text", [prompt, a, b])
+        assert parts_of({"chosen": prompt + a, "rejected": prompt + b}) == ("text", [prompt, a, b])
 
 
 def test_the_supplied_dialogues(tmp_path, kinds):
@@ -978,14 +995,14 @@ def test_the_supplied_dialogues(tmp_path, kinds):
     lines = gzip.open(path, "rt", encoding="utf-8").read().splitlines()
     for number in (1255, 1689, 1951, 1953, 2037):
         row = json.loads(lines[number - 1])
-        _, (prompt, chosen, rejected) = data.one_form(row)
+        _, (prompt, chosen, rejected) = parts_of(row)
         assert (prompt + chosen, prompt + rejected) == (row["chosen"], row["rejected"])
-        assert data.TURN in chosen + rejected and prompt.endswith(data.TURN)
+        assert TURN in chosen + rejected and prompt.endswith(TURN)
     bad, whole = [], 0
     for number, line in enumerate(lines, 1):
         try:
-            _, (prompt, chosen, rejected) = data.one_form(json.loads(line))
-            whole += data.TURN not in chosen and data.TURN not in rejected
+            _, (prompt, chosen, rejected) = parts_of(json.loads(line))
+            whole += TURN not in chosen and TURN not in rejected
         except BadRow as error:
             bad.append((number, error.reason))
     assert bad == [(n, "blank answer") for n in (87, 517, 926, 1104)] and whole == 2312 - 4 - 5
@@ -1025,7 +1042,7 @@ def test_seams_of_a_real_tokenizer(real, tmp_path):
     assert len(real.backend.encode("The price is ").ids + real.backend.encode("$5 today").ids) == 7
     prompt, chosen, _ = one(tmp_path / "a", text_row("The price is ", "$5 today", "$6 today"), real)
     assert len(prompt + chosen[:-1]) == 6 and chosen[-1] == 2 and real.lead == []
-    with pytest.raises(ValueError, match="a:1: no token of the prompt stands alone: .*'The'.*runs on"):
+    with pytest.raises(ValueError, match="a:1: the prompt and the answers share no whole token: .*'The'.*runs on"):
         one(tmp_path / "a", text_row("The", "re is", "n"), real)
 
 
@@ -1047,3 +1064,329 @@ def test_every_supplied_chat_is_rendered_and_encoded_as_by_transformers(real):
             assert real.render(row["prompt"] + answer) == text and text.endswith("<|im_end|>\n")
             assert pair.prompt.tolist() + response.tolist() == theirs(text[:-1])["input_ids"]
             assert response.tolist().count(2) == 1 and response[-1] == 2
+
+
+# ------------------------------------------------------------------------------------------------- columns of a row
+
+CONTEXT = (
+    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for t in tools %}{{ t.function.name }}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% if mood is defined %}{{ '<|im_start|>mood\n' + mood + '<|im_end|>\n' }}{% endif %}" + CHATML
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": YES, "rejected": NO},
+        {"prompt": HEAD[:1], "chosen": "yes", "rejected": "no"},
+        {"chosen": HEAD[:1] + YES, "rejected": HEAD[:1] + NO},
+        {"prompt": [SYSTEM, *HEAD[:1]], "chosen": YES, "rejected": NO},
+    ],
+)
+def test_system_column_is_the_first_message(with_template, tmp_path, row):
+    tokenizer = with_template(CHATML)
+    expected = one(tmp_path / "a", {"prompt": [SYSTEM, *HEAD[:1]], "chosen": YES, "rejected": NO}, tokenizer)
+    assert one(tmp_path / "b", row | {"system": SYSTEM["content"]}, tokenizer) == expected
+    assert "You help." not in tokenizer.decode(expected[0])  # the template's own system message
+
+
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_empty_system_column_is_none(with_template, tmp_path, system):
+    row = {"prompt": "Hi", "chosen": YES, "rejected": NO}
+    tokenizer = with_template(CHATML)
+    assert one(tmp_path / "a", row | {"system": system}, tokenizer) == one(tmp_path / "b", row, tokenizer)
+    assert one(tmp_path / "a", text_row("He", " yes", " no") | {"system": system, "tools": []}, tokenizer)
+
+
+@pytest.mark.parametrize("kwargs", [{"mood": "calm"}, '{"mood": "calm"}'])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_tools_and_kwargs_reach_the_template(with_template, tmp_path, tools, kwargs):
+    tokenizer = with_template(CONTEXT)
+    row = {"prompt": "Hi", "chosen": YES, "rejected": NO, "tools": tools, "chat_template_kwargs": kwargs}
+    [pair], report = load(tmp_path / "a", [row], tokenizer)
+    text = tokenizer.library.apply_chat_template(
+        [user("Hi")], tools=TOOLS, mood="calm", tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(pair.prompt) == text and "add<|im_end|>" in text and "mood\ncalm" in text
+    assert "1 pairs have chat_template_kwargs: mood (1)" in str(report) and not report.left_out
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ({"system": 3}, "unusable system: system is 3"),
+        ({"system": [SYSTEM]}, "unusable system"),
+        ({"system": "Be long.", "prompt": [SYSTEM, user("Hi")]}, "two system messages: system is 'Be long.'"),
+        ({"tools": "add"}, "unusable tools: .*no JSON"),
+        ({"tools": {"name": "add"}}, "unusable tools: .*expected a list of objects"),
+        ({"tools": ["add"]}, "unusable tools: .*expected a list of objects"),
+        ({"chat_template_kwargs": [1]}, "unusable chat_template_kwargs: .*expected an object"),
+        ({"chat_template_kwargs": "{"}, "unusable chat_template_kwargs"),
+        *(
+            ({"chat_template_kwargs": {"mood": "x", name: "x"}}, f"unusable chat_template_kwargs: {name} cannot be set")
+            for name in ("chat_template", "messages", "documents", "tools", "tokenize", "conversation", "max_length")
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "system": "x"},
+            "needs messages: a row of text .* system;.*role",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": TOOLS}, "needs messages: .* tools"),
+        (
+            {"prompt": [1], "chosen": [2], "rejected": [3], "chat_template_kwargs": {"a": 1}},
+            "needs messages: .*token ids",
+        ),
+    ],
+)
+def test_context_that_cannot_be_used(with_template, tmp_path, more, reason):
+    row = {"prompt": "Hi", "chosen": YES, "rejected": NO} | more
+    with pytest.raises(ValueError, match=f"a:1: {reason}.*columns: "):
+        load(tmp_path / "a", [row], with_template(CONTEXT))
+
+
+def test_columns_that_nothing_reads_are_counted(tmp_path, kinds):
+    row = text_row("He said", " yes", " no")
+    rows = [row | {"sytem": "x", "score": 1.0}, row | {"sytem": None}, row | {"score": 0}, {"question": "x"}]
+    _, report = load(tmp_path / "a", rows, kinds["byte level"], skip_bad_rows=True)
+    assert "3 columns are not read: score (2), sytem (1), question (1)" in str(report)
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_one_message_stands_for_a_list_of_one(with_template, tmp_path, name):
+    row = {"prompt": [user("Hi")], "chosen": YES, "rejected": NO}
+    tokenizer = with_template(CHATML)
+    assert one(tmp_path / "a", row | {name: row[name][0]}, tokenizer) == one(tmp_path / "b", row, tokenizer)
+
+
+def test_refusals_say_what_to_do(with_template, tmp_path):
+    tokenizer = with_template(CHATML)
+    turns = [{"from": "human", "value": "Hi"}]
+    for row, words in (
+        ({"question": "Hi", "chosen": "yes", "rejected": "no"}, "no prompt: expected a prompt.*columns: chosen, question, r"),
+        ({"prompt": turns, "chosen": YES, "rejected": NO}, 'rename "from" to "role".*columns'),
+        ({"prompt": "Hi", "chosen": "yes ", "rejected": "yes "}, "equal answers: chosen is 'yes ', rejected 'yes '"),
+        ({"prompt": "Hi", "chosen": [assistant("a<|im_end|>")], "rejected": [assistant("a<|im_end|>")]},
+         "equal answers: chosen is 'a<.im_end.>', rejected 'a<.im_end.>'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path / "a", [row], tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------- prefills
+
+PREFILL = [user("Hi"), assistant("The answer is ")]
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama 2", "Llama 3", "Phi 3", "Mistral"])
+def test_a_prefill_is_continued(with_template, tmp_path, name):
+    tokenizer = with_template(TEMPLATES[name])
+    row = {"prompt": PREFILL, "chosen": YES, "rejected": NO}
+    prompt, chosen, rejected = one(tmp_path / "a", row, tokenizer)
+    assert one(tmp_path / "b", row | {"chosen": "yes", "rejected": "no"}, tokenizer) == [prompt, chosen, rejected]
+    render = tokenizer.library.apply_chat_template
+    head = render(PREFILL, tokenize=False, continue_final_message=True)
+    assert head.startswith(tokenizer.decode(prompt)) and "The answer" in tokenizer.decode(prompt)
+    for answer, response in (("yes", chosen), ("no", rejected)):
+        whole = render([PREFILL[0], assistant("The answer is " + answer)], tokenize=False)
+        got = tokenizer.decode(prompt + response)
+        assert whole.startswith(got) and got.endswith(ENDS[name]) and got.count("answer") == 1
+
+
+def test_two_messages_of_an_assistant_in_a_whole_dialogue_stay_two(with_template, tmp_path):
+    tokenizer = with_template(CHATML)
+    row = {"chosen": HEAD[:2] + YES, "rejected": HEAD[:2] + NO}
+    prompt, chosen, _ = one(tmp_path / "a", row, tokenizer)
+    assert tokenizer.decode(chosen) == "Hello<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    assert tokenizer.decode(prompt + chosen) + "\n" == tokenizer.render(HEAD[:2] + YES)
+
+
+def test_a_tool_call_is_no_prefill(with_template, tmp_path):
+    row = {"prompt": [user("Hi"), assistant(None, tool_calls=CALL)], "chosen": YES, "rejected": NO}
+    with pytest.raises(ValueError, match="a:1: no prompt: the prompt ends with a tool call"):
+        load(tmp_path / "a", [row], with_template(QWEN3))
+
+
+# ----------------------------------------------------------------------------------------- text that is left out
+
+FORGETS = {
+    "content": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "no system": "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "first of many": "{% for m in (messages[1:] if messages | length > 2 else messages) %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+WORDS = st.text("abc d\n\"'<é", min_size=1, max_size=6)
+KEYS = st.fixed_dictionaries({}, optional={"name": WORDS, "reasoning_content": WORDS, "weather": st.lists(WORDS)})
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.lists(st.tuples(WORDS, KEYS), min_size=1, max_size=3), WORDS, WORDS, KEYS, st.none() | WORDS,
+       st.sampled_from([*TEMPLATES, *FORGETS]))  # fmt: skip
+def test_every_text_is_shown_or_reported(tmp_path_factory, turns, chosen, rejected, more, system, name):
+    """Each text, white space aside, is as often in what --show prints as in the row, or the report counts the row."""
+    tokenizer = OF_TEMPLATE.get(name) or Tokenizer.from_pretrained(
+        make(tmp_path_factory.mktemp("shown"), template=(TEMPLATES | FORGETS)[name])
+    )
+    OF_TEMPLATE[name] = tokenizer
+    roles = [assistant if i % 2 else user for i in range(len(turns))]
+    prompt = [role(text, **keys) for role, (text, keys) in zip(roles, turns)]
+    row = {"prompt": prompt, "chosen": [assistant(chosen, **more)], "rejected": [assistant(rejected)], "system": system}
+    pairs, report = load(tmp_path_factory.mktemp("row") / "a", [row], tokenizer, skip_bad_rows=True)
+    if not pairs or report.changed or report.incomplete:
+        return
+    shown = "".join(show_pair(pairs[0], tokenizer).split())
+    said = [text for text, _ in turns] + [chosen, rejected, system or "", *leaves([*(keys for _, keys in turns), more])]
+    said = ["".join(text.split()) for text in said]
+    for text in filter(None, said):
+        forms = {text, "".join(json.dumps(text, ensure_ascii=False)[1:-1].split())}
+        assert sum(map(shown.count, forms)) >= sum(text in other for other in said), text
+
+
+OF_TEMPLATE: dict[str, Tokenizer] = {}
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in leaves(item)]
+    return [value]
+
+
+@pytest.mark.parametrize(
+    "template, row, fields",
+    [
+        ("content", {"chosen": [assistant("yes", reasoning_content="hm")]}, {"reasoning_content of assistant"}),
+        ("content", {"chosen": [assistant("yes", tool_calls=CALL)]}, {"tool_calls of assistant"}),
+        ("content", {"prompt": [user("Hi", name="Ann")]}, {"name of user"}),
+        (
+            "content",
+            {"prompt": "hm", "chosen": [assistant("yes", reasoning_content="hm")]},
+            {"reasoning_content of assistant"},
+        ),
+        ("content", {"tools": TOOLS}, {"tools"}),
+        ("content", {"chat_template_kwargs": {"enable_thinkin": False}}, {"enable_thinkin of chat_template_kwargs"}),
+        ("no system", {"system": "Be brief."}, {"content of system"}),
+        ("first of many", {"prompt": HEAD}, {"content of user"}),
+        ("content", {"prompt": HEAD, "system": "Be brief."}, set()),
+        ("content", {"prompt": [user("no"), assistant("yes"), user("no")]}, set()),
+    ],
+)
+def test_text_that_the_template_leaves_out_is_reported(with_template, tmp_path, template, row, fields):
+    tokenizer = with_template(FORGETS[template])
+    plain = {"prompt": "Hi", "chosen": YES, "rejected": NO}
+    _, report = load(tmp_path / "a", [plain, plain | row], tokenizer)
+    assert set(report.left_out) == fields and report.incomplete == bool(fields)
+    for name in fields:
+        assert f"1 pairs have text that the chat template leaves out: {name} (1)" in str(report)
+
+
+def test_an_answer_that_the_template_leaves_out_is_blank(with_template, tmp_path):
+    row = {"prompt": "Hi", "chosen": [assistant("", tool_calls=CALL)], "rejected": NO}
+    with pytest.raises(ValueError, match="a:1: blank answer: .*; the chat template leaves out tool_calls of assistant"):
+        load(tmp_path / "a", [row], with_template(FORGETS["content"]))
+
+
+def test_answers_that_repeat_the_prompt_are_counted(tmp_path, kinds):
+    rows = [
+        text_row("He said", "He said yes", "He said no"),
+        text_row("He", "He said", " no"),
+        text_row(" ", " a", " b"),
+    ]
+    _, report = load(tmp_path / "a", rows, kinds["byte level"])
+    assert report.repeated == 1 and "1 pairs have answers that both repeat the prompt" in str(report)
+
+
+@pytest.mark.parametrize("value", [json.dumps([user("Hi")]), str([user("Hi")]), json.dumps({"messages": [user("Hi")]})])
+def test_messages_written_as_text_are_refused(tmp_path, kinds, value):
+    with pytest.raises(ValueError, match="a:1: unknown form: prompt is messages written as text"):
+        load(tmp_path / "a", [text_row(value, " yes", " no")], kinds["byte level"])
+    assert load(tmp_path / "a", [text_row('[{"name": 1}]', '{"a": 1}', " no")], kinds["byte level"])[0]
+
+
+def test_a_text_that_occurs_elsewhere_does_not_hide_one_that_is_left_out(with_template, tmp_path):
+    tokenizer = with_template(FORGETS["first of many"])
+    row = {"prompt": [user("yes"), assistant("ok"), user("ok yes")], "chosen": "yes", "rejected": "no"}
+    assert load(tmp_path / "a", [row], tokenizer)[1].left_out == {"content of user": 1}
+
+
+@pytest.mark.parametrize(
+    "change, text, count",
+    [
+        (normalizers.Lowercase(), " YES", 1),
+        (normalizers.NFC(), " e\u0301", 1),
+        (normalizers.Lowercase(), " yes", 0),
+        (None, " Ye\u0301S \U0001f600 <think>", 0),
+    ],
+)
+def test_text_that_the_tokenizer_changes_is_counted(tmp_path, change, text, count):
+    backend = byte_level()
+    if change:
+        backend.normalizer = change
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", backend=backend))
+    _, report = load(tmp_path / "a", [text_row("he said", text, " no")], tokenizer)
+    assert report.changed == count and ("that the tokenizer changes" in str(report)) == bool(count)
+
+
+# ------------------------------------------------------------------------------------------------- ends and batches
+
+
+def test_an_end_of_turn_need_not_be_a_special_token(tmp_path):
+    backend = byte_level()
+    backend.add_tokens([AddedToken("<|stop|>", normalized=False, special=False)])
+    template = FORGETS["content"].replace("<|im_end|>", "<|stop|>")
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", template=template, backend=backend))
+    prompt, chosen, _ = one(tmp_path / "a", {"prompt": "Hi", "chosen": YES, "rejected": NO}, tokenizer)
+    assert tokenizer.decode(chosen) == "yes<|stop|>" and tokenizer.decode(prompt).count("<|stop|>") == 1
+
+
+def test_an_end_that_only_a_config_names_is_no_end(tmp_path):
+    """The library adds such a token after the last id of tokenizer.json, where the model has nothing."""
+    template = CHATML.replace("<|im_end|>", "<nowhere>")
+    folder = make(tmp_path / "m", template=template, config={"eos_token": "<nowhere>"})
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert tokenizer.eos is None and tokenizer.backend.token_to_id("<nowhere>") is not None
+    with pytest.raises(ValueError, match="a:1: no token ends an answer"):
+        one(tmp_path / "a", {"prompt": "Hi", "chosen": YES, "rejected": NO}, tokenizer)
+    named = make(tmp_path / "n", config={}, model={"eos_token_id": 10**6})
+    assert Tokenizer.from_pretrained(named).eos is None
+
+
+def test_a_row_that_fails_among_others_is_the_one_named(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "aa": 1, "ab": 2}))
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", backend=backend, model={"eos_token_id": 0}, config={}))
+    rows = [text_row("a", "?", "b"), text_row("a", " ", "b")]
+    with pytest.raises(ValueError, match="a:1: cannot be encoded"):
+        load(tmp_path / "a", rows, tokenizer)
+    assert load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)[1].bad == {
+        "cannot be encoded": 1,
+        "blank answer": 1,
+    }
+
+
+def test_rows_give_the_same_pairs_whatever_is_encoded_with_them(tmp_path, with_template):
+    tokenizer = with_template(CHATML)
+    rows = []
+    for i in range(150):
+        answers = f" yes {i}", f" no {i}"
+        chat = dict(zip(("chosen", "rejected"), ([assistant(a)] for a in answers)), prompt=[user(f"Hi {i}")])
+        rows.append([text_row(f"He said {i}", *answers), chat, {"prompt": [i], "chosen": [1], "rejected": [2]}][i % 3])
+    rows[70] = {}
+    pairs, report = load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)
+    assert [pair.line for pair in pairs] == [i for i in range(1, 151) if i != 71] and report.read == 150
+    for pair in pairs[::7]:
+        assert [ids.tolist() for ids in pair[:3]] == one(tmp_path / "b", rows[pair.line - 1], tokenizer)
+
+
+def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds, monkeypatch):
+    good, bad = text_row("He said", " yes", " no"), {"question": "x", "chosen": "a", "rejected": "b"}
+    same = text_row("He said", " yes and no", " yes and yes")
+    path, parse, read = tmp_path / "a", data.parse, []
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, same, good, good)))
+    monkeypatch.setattr(data, "parse", lambda line: read.append(line) or parse(line))
+    first, no_prompt, dropped, second = data.show_pairs([path], 2, kinds["words"], 10**6, 4, 2)
+    assert "⟦seam⟧" in first and f"{path}:4\n" in second and len(read) == 4
+    assert no_prompt.startswith(f"⟦no pair⟧ {path}:2: no prompt") and "columns: chosen, question, rejected" in no_prompt
+    assert dropped.startswith(f"⟦no pair⟧ {path}:3: equal after truncation")
+    assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 5
+    with pytest.raises(ValueError, match="a:1: a row of text needs a tokenizer.json .*AutoTokenizer"):
+        list(data.show_pairs([path], 2, None, 10**6, 64))

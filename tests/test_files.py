@@ -7,16 +7,18 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.files import read_json, what_is
+from support.files import check_folder, read_json, replace_file, what_is
 
 
 def zipped(name: str) -> bytes:
@@ -125,3 +127,66 @@ def test_read_json_reads_objects_alone(tmp_path):
         with pytest.raises(ValueError, match=named) as error:
             read_json(path)
         assert str(error.value).startswith(f"{path}: expected")
+
+
+def inside(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+FOLDERS = {  # the files of a folder (none: no such folder), what is wanted, what the error says
+    "a Hub name": ((), "config.json", ["no such folder", "hf download {0} --local-dir here"]),
+    "an adapter": (("adapter_config.json", "x"), "config.json", ["LoRA adapter", "merge it into its base model"]),
+    "an adapter's weights": (("adapter_config.json", "config.json"), "model.safetensors", ["LoRA adapter"]),
+    "a cache": (("refs/main", "snapshots/0a1b/config.json"), "config.json", ["use {0}/snapshots/0a1b"]),
+    "the folder of a run": (("flags.json", "model/config.json"), "config.json", ["use {0}/model"]),
+    "an old tokenizer": (
+        ("config.json", "tokenizer.model"),
+        "tokenizer.json",
+        ["tokenizer.model alone", "AutoTokenizer"],
+    ),
+    "a tokenizer elsewhere": (("config.json",), "tokenizer.json", ["expected tokenizer.json", "got config.json"]),
+    "old weights": (
+        ("config.json", "pytorch_model.bin"),
+        "model.safetensors",
+        ["got config.json, pytorch_model.bin; let"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_check_folder_says_what_a_folder_is(case, tmp_path):
+    names, wanted, said = FOLDERS[case]
+    folder = inside(tmp_path / "org" / "here", *names)
+    with pytest.raises(FileNotFoundError) as error:
+        check_folder(folder, wanted)
+    assert str(error.value).startswith(f"{folder}: ") and "\n" not in str(error.value)
+    for text in said:
+        assert text.format(folder) in str(error.value)
+
+
+def test_check_folder_accepts_the_right_folder_and_names_a_file(tmp_path):
+    inside(tmp_path, "config.json", "adapter_config.json", "sub/config.json", "tokenizer.model")
+    check_folder(tmp_path, "config.json")
+    with pytest.raises(FileNotFoundError, match="expected a folder with config.json, got a file"):
+        check_folder(tmp_path / "config.json", "config.json")
+
+
+def test_replace_file_leaves_the_old_file_or_the_whole_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    replace_file(path, lambda file: file.write(b"old"))
+
+    def write(file):
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="x cannot be written: disk full"):
+        replace_file(path, write)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]

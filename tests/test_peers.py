@@ -6,6 +6,7 @@ import csv
 import importlib
 import math
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -16,10 +17,10 @@ import torch
 from epsdpo import TokenStats, epsdpo_loss, token_stats_by_definition
 from experiments import compare as comparison
 from experiments import peers
-from model import GPT, Config
+from model import GPT
 from support import toy
 from support.rows import Pair, collate
-from train import TOY_MODEL, Flags, compare, train
+from train import Flags, compare, train
 
 PAIRS = [
     Pair(*(np.array(ids) for ids in row))
@@ -35,7 +36,7 @@ PAIRS = [
 @pytest.fixture
 def models():
     torch.manual_seed(0)
-    policy, reference = (GPT(Config(**TOY_MODEL)) for _ in range(2))
+    policy, reference = (GPT(toy.TOY_MODEL) for _ in range(2))
     for p in [*policy.parameters(), *reference.parameters()]:
         p.data *= 3 if p.ndim == 2 else 1
     return policy, reference
@@ -275,8 +276,11 @@ def test_next_logps_is_the_inverse_of_listing():
     table = comparison.next_logps(world, logp)
     torch.testing.assert_close(world.list_logps(lambda _: table), logp)
     ref_table = comparison.next_logps(world, world.list_logps(world.language))
-    row, y = 40, world.rows(torch.tensor([1]), torch.tensor([60]))[0, 2:]  # the row of prompt 1 that begins as 60 does
-    rows = world.rows(torch.tensor([1] * len(world.responses)), torch.arange(len(world.responses)))
+    row, y = (
+        40,
+        world.tokens_of(torch.tensor([1]), torch.tensor([60]))[0, 2:],
+    )  # the row of prompt 1 that begins as 60 does
+    rows = world.tokens_of(torch.tensor([1] * len(world.responses)), torch.arange(len(world.responses)))
     row = next(i for i in range(27) if rows[13 + i, 2:].equal(y)) + 27
     labels = world.responses[60][None]
     sums = token_stats_by_definition(table[row : row + 1, 1:], ref_table[row : row + 1, 1:], labels, 0.1)
@@ -284,13 +288,91 @@ def test_next_logps_is_the_inverse_of_listing():
     assert float(sums.delta_minus.sum()) == pytest.approx(float(listed[1, 60]))
 
 
+def test_pairs_of_a_noisy_world_have_a_fifth_of_their_labels_flipped(monkeypatch):
+    pairs = [Pair(np.array([i]), np.array([1]), np.array([2])) for i in range(4096)]
+    monkeypatch.setattr(comparison, "problem_of", lambda seed: SimpleNamespace(pairs=pairs))
+    assert comparison.pairs_of("easy", 0) == pairs
+    hard = comparison.pairs_of("hard", 0)
+    assert [int(pair.prompt[0]) for pair in hard] == list(range(512))
+    flipped = [int(pair.chosen[0]) == 2 for pair in hard]
+    assert all({int(pair.chosen[0]), int(pair.rejected[0])} == {1, 2} for pair in hard)
+    assert 0.12 < np.mean(flipped) < 0.28
+    again, other = ([int(pair.chosen[0]) == 2 for pair in comparison.pairs_of("hard", seed)] for seed in (0, 1))
+    assert flipped == again != other
+
+
+SETTINGS = {  # settings beside world, beta and seed, and the method that they must make
+    "DPO": ({}, None),
+    "IPO": ({}, peers.Peer(0.3, "ipo")),
+    "SimPO": ({"gamma": 0.7}, peers.Peer(0.3, "simpo", 0.7)),
+    "ORPO": ({"weight": 4.0}, peers.Peer(0.3, "orpo", 4.0)),
+    "KTO": ({}, peers.KTO(0.3)),
+    "TR-DPO": ({"alpha": 0.05, "tau": 2}, peers.TRDPO(0.3, alpha=0.05, tau=2)),
+    "β-DPO": ({"m": 1.0, "instance": True}, peers.BetaDPO(0.3, m=1.0, instance=True)),
+    "ε-DPO": ({"epsilon": 0.02}, None),
+    "sign": ({"epsilon": 0.02, "epsilon_step": 0.1}, None),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_makes_the_method_it_names(name):
+    more, peer = SETTINGS[name]
+    method = comparison.method_of({"method": name, "world": "easy", "beta": 0.3, "seed": 0} | more, None, None)
+    assert (method.peer, method.beta, method.kind) == (peer, 0.3, name)
+    assert method.epsilon_check == more.get("epsilon", 0.01)
+    assert method.epsilon_step == (0.0 if name == "DPO" else more.get("epsilon_step", more.get("epsilon", 0.01)))
+
+
+def test_replay_and_decay_take_the_path_of_epsdpo(monkeypatch):
+    asked = []
+    monkeypatch.setattr(comparison, "run", lambda setting: asked.append(setting) or {"betas": [0.4, 0.3, 0.1]})
+    setting = {"world": "hard", "beta": 0.4, "epsilon": 0.05, "seed": 2}
+    replay, decay = (comparison.method_of(setting | {"method": name}, None, None) for name in ("replay", "decay"))
+    assert asked == 2 * [setting | {"method": "ε-DPO"}]
+    assert replay.betas == [0.4, 0.3, 0.1] and decay.betas == pytest.approx([0.4, 0.2, 0.1])
+    assert (replay.kind, decay.kind, replay.epsilon_step) == ("path", "path", 0.0)
+
+
+def test_the_numbers_of_a_run_by_hand():
+    def result(kl, reward, betas=(0.5, 0.5), steps=(0.0, 0.0)):
+        names = ("beta", "accuracy", "opposite", "correlation_ours", "correlation_theirs")
+        seen = [dict.fromkeys(names, 0.75) | {"step": step, "margin": 2 * step} for step in steps]
+        yardsticks = {"reward": reward, "kl": kl, "win_rate": 0.5, "share": reward / 2}
+        return yardsticks | {"betas": list(betas), "seen": seen}
+
+    name, setting = comparison.name_of, {"method": "replay", "world": "easy", "beta": 0.5, "epsilon": 0.1}
+    runs = {name(setting, 3): result(2.25, 1.2, betas=(0.5, 0.48, 0.46), steps=(0.2, 0.4, 0.6))}
+    runs[name(setting | {"method": "ε-DPO"}, 3)] = result(2.0, 1.1)
+    runs[name(setting | {"method": "ε-DPO"}, 4)] = result(9.0, 9.0)  # another seed
+    for i, beta in enumerate(comparison.DPO_BETAS):
+        runs[name({"method": "DPO", "world": "easy", "beta": beta}, 3)] = result(float(i * i), 0.5 * i)
+    found = comparison.numbers(setting, 3, runs)
+    assert found["reward minus DPO's at that KL"] == pytest.approx(1.2 - 0.75)  # DPO's reward is half the root of KL
+    assert found["KL to reference minus ε-DPO's"] == pytest.approx(0.25)
+    assert found["share minus ε-DPO's"] == pytest.approx(0.05)
+    assert found["mean step and mean margin"] == pytest.approx(1.0) and math.isnan(found["β and mean margin"])
+    assert (found["steps"], found["β at the end"], found["pairs moved apart"]) == (3, 0.46, 0.75)
+    law, by_accuracy = (found[key] for key in comparison.PATH[1:])
+    assert law == pytest.approx(0.5 * math.exp(-0.1 * 2 * 0.4)) and by_accuracy == pytest.approx(0.5 * math.exp(-0.1))
+    beyond = runs | {name(setting, 3): result(17.0, 1.2)}  # farther than any run of DPO: no number
+    assert math.isnan(comparison.numbers(setting, 3, beyond)["reward minus DPO's at that KL"])
+
+
+def test_every_run_of_a_question_is_named_once():
+    asked = comparison.questions()
+    assert sorted(asked) == sorted(comparison.COLUMNS) == [1, 2, 3, 5, 6, 7]
+    names = {comparison.name_of(x, seed) for settings in asked.values() for x in settings for seed in range(5)}
+    assert len(names) == 610
+
+
 def test_compare_quick(tmp_path, monkeypatch, capsys):
-    """All of two questions but the worker processes, in an empty folder."""
+    """Two questions from end to end in an empty folder, without worker processes."""
     pool = SimpleNamespace(imap=map)
     context = SimpleNamespace(Pool=lambda *_: contextlib.nullcontext(pool))
     monkeypatch.setattr(comparison.multiprocessing, "get_context", lambda _: context)
     monkeypatch.chdir(tmp_path)
-    comparison.world_of.cache_clear()
+    monkeypatch.setattr(toy, "fit_reference", partial(toy.fit_reference, steps=30))
+    comparison.problem_of.cache_clear()
     comparison.main(["2", "5", "--quick"])
     printed = capsys.readouterr().out
     assert "question 2" in printed and "question 5" in printed
@@ -300,5 +382,6 @@ def test_compare_quick(tmp_path, monkeypatch, capsys):
     assert {row["method"] for row in rows} == {"ε-DPO", "β-DPO"}
     for row in rows:
         assert float(row["ε-DPO's move and margin"]) < 0 < float(row["β-DPO's move and margin"])
+    comparison.problem_of.cache_clear()
     with open(folder / "question5.csv", encoding="utf-8", newline="") as f:
         assert all(float(row["margin right"]) > 0.99 for row in csv.DictReader(f))

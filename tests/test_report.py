@@ -74,7 +74,7 @@ def test_a_run_without_a_terminal_prints_lines_only(folder, tmp_path, capsys):
 @pytest.mark.parametrize("batch_size, steps", [(8, 12), (30, 6), (31, 3), (99, 3)])
 def test_the_forecast_counts_steps_tokens_and_evaluations(batch_size, steps):
     pairs = pairs_of(id_rows(31))
-    said = forecast(tiny_model(), pairs, pairs[:5], flags_of(batch_size=batch_size, epochs=3))
+    said = forecast(tiny_model(), tiny_model(), pairs, pairs[:5], flags_of(batch_size=batch_size, epochs=3))
     assert f"{steps} steps of {batch_size} pairs" in said and "GB" in said
     assert "2 evaluations of 5 pairs" in said
     tokens = int(re.search(r"about ([0-9,]+) tokens", said)[1].replace(",", ""))
@@ -85,9 +85,9 @@ def test_the_forecast_counts_steps_tokens_and_evaluations(batch_size, steps):
 def test_evaluations_are_due_at_both_ends_and_every_n_steps(every, steps):
     assert [step for step in range(13) if is_due(step, 12, every)] == steps
     pairs = pairs_of(id_rows(31))
-    said = forecast(tiny_model(), pairs, pairs[:5], flags_of(batch_size=8, epochs=3, eval_every=every))
+    said = forecast(tiny_model(), tiny_model(), pairs, pairs[:5], flags_of(batch_size=8, epochs=3, eval_every=every))
     assert f" {len(steps)} evaluations of 5 pairs" in said
-    assert " 0 evaluations of 0 pairs" in forecast(tiny_model(), pairs, (), flags_of(eval_every=every))
+    assert " 0 evaluations of 0 pairs" in forecast(tiny_model(), tiny_model(), pairs, (), flags_of(eval_every=every))
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 90))
@@ -98,7 +98,9 @@ def test_pairs_seen_are_those_of_the_batches(pairs, batch_size, steps):
 
 def gigabytes(policy: GPT, **given) -> float:
     """The forecast of memory, from what is printed: digits after the first decimal are lost."""
-    return float(re.search(r"roughly ([0-9.]+) GB", forecast(policy, pairs_of(id_rows(4)), (), flags_of(**given)))[1])
+    reference = None if "cache_reference" in given else policy
+    said = forecast(policy, reference, pairs_of(id_rows(4)), (), flags_of(**given))
+    return float(re.search(r"roughly ([0-9.]+) GB", said)[1])
 
 
 def large_model(layers: int, vocab: int = 16, tied: bool = False) -> GPT:
@@ -183,7 +185,7 @@ def test_backward_keeps_no_more_than_the_forecast_counts():
 def test_a_row_longer_than_micro_tokens_counts_in_the_forecast():
     """It is a micro-batch of its own."""
     pairs = [Pair(*(np.ones(100_000, np.int32) for _ in range(3)), "ids", 1)]
-    said = forecast(tiny_model(), pairs, (), flags_of(micro_tokens=1))
+    said = forecast(tiny_model(), tiny_model(), pairs, (), flags_of(micro_tokens=1))
     assert float(re.search(r"roughly ([0-9.]+) GB", said)[1]) > 0.3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +120,18 @@ def test_the_last_step_is_saved_whatever_save_every_is(save_every, steps, expect
         assert same_bits(
             dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["weights"]), policy.state_dict()
         )
+
+
+@pytest.mark.parametrize(
+    "method, betas, warnings", [(0.5, [0.005, 0.004], 1), (0.5, [50.0, 51.0, 52.0], 1), (2.0, [0.02, 200.0], 0)]
+)
+def test_beta_far_from_its_start_is_one_warning(method, betas, warnings, capsys):
+    run = Run()
+    run.method, before = SimpleNamespace(), method
+    with run:
+        for step in run.progress(len(betas)):
+            run.method.beta = betas[step]
+            line = {"loss": 0.7, "beta": before, "rewards/accuracies": 0.5, "tokens_per_second": 1.0, "grad_norm": 1.0}
+            run.log(step + 1, line)
+            before = betas[step]
+    assert capsys.readouterr().out.count("choose a smaller --epsilon") == warnings

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from support import toy
 from support.checkpoint import resolve
 
 WORLD = toy.World()
+FIT_REFERENCE = toy.fit_reference
 SMALL = toy.World(seed=3, letters=3, length=3)  # 40 responses for each of 3 prompts
 worlds = pytest.mark.parametrize("world", [WORLD, SMALL, toy.World(seed=1, letters=2, length=1)], ids=str)
 
@@ -25,9 +27,11 @@ class Tabular(torch.nn.Module):
     def __init__(self, world: toy.World, seed: int = 0, spread: float = 1.0):
         super().__init__()
         self.vocab = world.letters + 1
-        dice = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         rows = self.vocab ** (world.length + 1)
-        self.logits = torch.nn.Parameter(spread * torch.randn(rows, self.vocab, generator=dice, dtype=torch.float64))
+        self.logits = torch.nn.Parameter(
+            spread * torch.randn(rows, self.vocab, generator=generator, dtype=torch.float64)
+        )
 
     def forward(self, tokens):  # (B, T) -> (B, T, V)
         number, rows = torch.zeros(len(tokens), dtype=torch.int64), []
@@ -44,8 +48,8 @@ def small_gpt(world, **changes):
 
 
 def random_logps(seed, prompts=2, responses=30, spread=2.0):
-    dice = torch.Generator().manual_seed(seed)
-    return (spread * torch.randn(prompts, responses, generator=dice, dtype=torch.float64)).log_softmax(-1)
+    generator = torch.Generator().manual_seed(seed)
+    return (spread * torch.randn(prompts, responses, generator=generator, dtype=torch.float64)).log_softmax(-1)
 
 
 def random_reward(seed, prompts=2, responses=30):
@@ -96,7 +100,7 @@ def test_examples_of_the_reward():
 def test_rows_are_prompt_and_response_as_stored(world):
     prompt = torch.arange(world.letters).repeat_interleave(len(world.responses))
     response = torch.arange(len(world.responses)).repeat(world.letters)
-    for row, x, y in zip(world.rows(prompt, response).numpy(), prompt.tolist(), response.tolist()):
+    for row, x, y in zip(world.tokens_of(prompt, response).numpy(), prompt.tolist(), response.tolist()):
         ids, start = world.response_ids(y), world.prompt_ids(x)
         assert ids.dtype == start.dtype == np.int32 and len(ids) == world.sizes[y]
         assert start.tolist() == [world.letters, x]
@@ -137,8 +141,8 @@ def test_listed_logps_are_those_of_scoring_each_response_alone():
 def test_listed_logps_of_the_default_world():
     policy = Tabular(WORLD)
     logps = WORLD.list_logps(policy)
-    dice = np.random.default_rng(0)
-    for x, y in zip(dice.integers(0, 5, 60), [0, 1, 5, 6, 780, 781, 3905, *dice.integers(0, 3906, 53)]):
+    generator = np.random.default_rng(0)
+    for x, y in zip(generator.integers(0, 5, 60), [0, 1, 5, 6, 780, 781, 3905, *generator.integers(0, 3906, 53)]):
         assert math.isclose(logps[x, y], one_by_one(WORLD, policy, x, y), abs_tol=1e-12)
 
 
@@ -187,7 +191,7 @@ def test_fit_reference():
         start = toy.kl(SMALL.list_logps(SMALL.language), SMALL.list_logps(model))
         state = torch.get_rng_state()
         fits.append(toy.fit_reference(model, SMALL, steps=150, seed=1, lr=3e-3))
-        assert torch.equal(torch.get_rng_state(), state), "fitting uses dice of its own"
+        assert torch.equal(torch.get_rng_state(), state), "fitting leaves the global generator alone"
         reached = SMALL.list_logps(model)
     assert fits[0] == fits[1] == float(toy.kl(SMALL.list_logps(SMALL.language), reached))
     assert start > 0.1 and fits[0] < 0.002, "the prompt's stop tells the model where it is: it must come close"
@@ -201,7 +205,7 @@ def test_pairs_are_of_two_different_responses_and_follow_the_seed():
     logps = SMALL.list_logps(SMALL.language)
     state = torch.get_rng_state()
     pairs = [toy.sample_pairs(logps, SMALL.reward, 5000, 1.0, seed) for seed in (0, 0, 1)]
-    assert torch.equal(torch.get_rng_state(), state), "sampling uses dice of its own"
+    assert torch.equal(torch.get_rng_state(), state), "sampling leaves the global generator alone"
     for prompt, chosen, rejected in pairs:
         assert (chosen != rejected).all() and prompt.shape == chosen.shape == rejected.shape == (5000,)
         assert 0 <= prompt.min() and prompt.max() < 3 and 0 <= chosen.min() and chosen.max() < 40
@@ -237,6 +241,112 @@ def test_bradley_terry(scale, low, high):
 def test_a_reference_with_one_response_is_refused():
     with pytest.raises(ValueError, match="two different"):
         toy.sample_pairs(torch.tensor([[0.0, -40.0]], dtype=torch.float64), torch.zeros(1, 2), 10, 1.0, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A problem
+
+
+@pytest.fixture
+def quick_fit(monkeypatch):
+    monkeypatch.setattr(toy, "fit_reference", partial(toy.fit_reference, steps=2))
+
+
+def places(world, pair):
+    """A pair's places in the list: (prompt, chosen, rejected)."""
+    assert pair.prompt.tolist()[0] == world.letters
+    ids = [world.response_ids(i).tolist() for i in range(len(world.responses))]
+    return int(pair.prompt[1]), ids.index(pair.chosen.tolist()), ids.index(pair.rejected.tolist())
+
+
+def test_a_problem_has_the_pairs_of_the_language_and_a_fitted_reference(quick_fit):
+    """Pairs come from the language, in order, the held-out ones last; ref_logp is the reference's."""
+    state = torch.get_rng_state()
+    problem = toy.make_problem(3, pairs=40, eval_pairs=7, scale=2.0, world=SMALL)
+    assert torch.equal(torch.get_rng_state(), state), "making a problem leaves the global generator alone"
+    assert problem.world is SMALL and (len(problem.pairs), len(problem.eval_pairs)) == (40, 7)
+    language = SMALL.list_logps(SMALL.language)
+    wanted = toy.sample_pairs(language, SMALL.reward, 47, 2.0, seed=3)
+    found = [places(SMALL, pair) for pair in [*problem.pairs, *problem.eval_pairs]]
+    assert found == list(zip(*(column.tolist() for column in wanted)))
+    assert [pair.line for pair in problem.pairs] == list(range(1, 41)) and problem.eval_pairs[0].line == 41
+    assert torch.equal(problem.ref_logp, SMALL.list_logps(problem.reference))
+    assert problem.distance == pytest.approx(float(toy.kl(language, problem.ref_logp)))
+
+
+def test_a_problem_follows_from_its_seed(quick_fit):
+    one, same, other = (toy.make_problem(seed, pairs=30, eval_pairs=0) for seed in (4, 4, 5))
+    assert one.world == toy.World(4) and torch.equal(one.ref_logp, same.ref_logp)
+    assert not torch.allclose(one.ref_logp, other.ref_logp)
+    texts = [[[part.tolist() for part in pair[:3]] for pair in problem.pairs] for problem in (one, same, other)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pairs_do_not_depend_on_how_well_the_reference_was_fitted(monkeypatch):
+    """So they are the same on CPUs whose float32 results differ."""
+    found = []
+    for steps in (1, 3):
+        monkeypatch.setattr(toy, "fit_reference", partial(FIT_REFERENCE, steps=steps))
+        found.append(toy.make_problem(0, pairs=500, eval_pairs=0, world=SMALL))
+    assert not torch.equal(found[0].ref_logp, found[1].ref_logp)
+    assert [places(SMALL, pair) for pair in found[0].pairs] == [places(SMALL, pair) for pair in found[1].pairs]
+
+
+def test_the_first_pairs_of_the_toy_are_these():
+    """This list was drawn on one machine: language and draws are float64 and should be the same on every other."""
+    world = toy.World()
+    x, w, l = (c.tolist() for c in toy.sample_pairs(world.list_logps(world.language), world.reward, 6, 1.0, seed=0))
+    found = [f"{'abcde'[i]}: {world.text(j)} {world.text(k)}" for i, j, k in zip(x, w, l)]
+    assert found == ["e: c. e.", "e: eeaea dbaa.", "d: ae. ada.", "a: ad. de.", "d: . eecca", "e: . b."]
+
+
+def test_draws_have_the_frequencies_of_the_policy():
+    logp = random_logps(2, prompts=2, responses=6, spread=1.0)
+    drawn = toy.draw_responses(logp, 20_000, seed=0)
+    assert drawn.shape == (2, 20_000) and torch.equal(drawn, toy.draw_responses(logp, 20_000, seed=0))
+    assert not torch.equal(drawn, toy.draw_responses(logp, 20_000, seed=1))
+    share = torch.stack([(drawn == i).double().mean(1) for i in range(6)], 1)
+    p = logp.exp()
+    assert ((share - p).abs() / (p * (1 - p) / 20_000).sqrt()).max() < 5
+
+
+def test_draws_do_not_change_with_the_last_bits_of_a_policy():
+    """Draws along the cumulative probabilities would: a shift of one response's share moves all that follow."""
+    logp = WORLD.list_logps(WORLD.language)
+    noise = 1e-5 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    near = (logp + noise).log_softmax(-1)
+    changed = toy.draw_responses(logp, 200, seed=0) != toy.draw_responses(near, 200, seed=0)
+    assert changed.double().mean() < 1e-3
+
+
+def test_a_report_prints_the_policies_in_order_and_words_about_the_first(quick_fit, capsys):
+    problem = toy.make_problem(3, pairs=8, eval_pairs=0, world=SMALL)
+    best = toy.optimum(problem.ref_logp, SMALL.reward, 0.7)
+    logps = {"ours": best, "theirs": problem.ref_logp}
+    toy.print_report(problem, logps, [0.7, 0.65, 0.6], told=1234)
+    table, drawn, words = capsys.readouterr().out.strip().split("\n\n")
+    head, *lines = table.splitlines()
+    assert "after 3 steps" in head and "0.7" in head
+    wanted = {"reference": problem.ref_logp} | logps | {"optimum π*": best}
+    assert "\n".join(lines) == toy.table(
+        {name: toy.report(logp, problem.ref_logp, SMALL.reward, 0.7) for name, logp in wanted.items()}
+    )
+    assert drawn.splitlines()[0].split() == ["responses", "drawn", "reference", "ours"]
+    for name, left in (("reference", 21), ("ours", 51)):
+        shown = [line[left : left + 30].split() for line in drawn.splitlines()[1:]]
+        texts = [[SMALL.text(i) for i in row] for row in toy.draw_responses(wanted[name], 4, SMALL.seed).tolist()]
+        assert shown == texts
+    assert [line.split()[1] for line in drawn.splitlines()[1:]] == ["a:", "b:", "c:"]
+    ours = toy.report(best, problem.ref_logp, SMALL.reward, 0.7)
+    assert "β went from 0.700 to 0.600" in words and "told 1,234 times" in words
+    assert f"in {ours.win_rate:.0%} of comparisons" in words and "has 100% of the gain" in words
+
+
+def test_a_report_of_a_policy_that_has_not_moved_says_nothing_is_gained(quick_fit, capsys):
+    problem = toy.make_problem(3, pairs=8, eval_pairs=0, world=SMALL)
+    toy.print_report(problem, {"ours": problem.ref_logp}, [0.5], told=8)
+    said = capsys.readouterr().out
+    assert "in 50% of comparisons" in said and "has nothing of the gain" in said and "nan" not in said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +452,7 @@ def test_a_tabular_policy_reaches_the_optimum(beta, scale):
 
     every = torch.arange(world.letters * responses)  # all (prompt, response)
     prompt, response = every // responses, every % responses
-    rows, labels = world.rows(prompt, response), world.responses[response]
+    rows, labels = world.tokens_of(prompt, response), world.responses[response]
     scored = torch.arange(world.length) < world.sizes[response, None]
     owner = every[:, None].expand(-1, world.length)[scored]
     ref_logits = reference(rows)[:, 1:][scored].detach()

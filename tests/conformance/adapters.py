@@ -1,7 +1,8 @@
-"""Example adapters: `pytest tests/conformance --impl tests.conformance.adapters:ours`.
+"""Example adapters: `python -m tests.conformance --impl tests.conformance.adapters:ours`.
 
-`ours` shows the adapter of a good implementation; the others are what people write first, and what it costs them:
-`python -m tests.conformance.scales` prints what each passes. All need torch.
+`ours` is the adapter of an implementation with two ε, `trl_style` that of a trainer with one ε and with state. The
+textbook versions are what people write first. `python -m tests.conformance.scales` prints what each passes. All need
+torch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def tensors(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
 def ours(case: dict) -> dict:
     import epsdpo
 
+    if case["entry"] == "run":
+        return in_a_row(case, ours)
     if case["entry"] == "sums":
         columns = (torch.tensor(case[k]) for k in ("logp", "ref_logp", "delta_minus", "delta_plus"))
         sums = epsdpo.TokenStats(*columns, kl=torch.zeros(len(case["logp"])))
@@ -47,16 +50,30 @@ def ours(case: dict) -> dict:
     }
     if case["baseline"] == "harmonic":  # `epsdpo.py` has the paper's text; the authors' code is one line
         answer["next_beta"] = case["beta"] / (1 + case["epsilon_step"] * (lower - raise_) / len(out.step))
+    if case["entry"] != "sums":
+        answer["kl"] = sums.kl
     if case["entry"] == "logits":
         (grad,) = torch.autograd.grad(out.loss, f)
         answer["grad"] = grad.split([len(y) for y in case["labels"]])
     return answer
 
 
+def in_a_row(case: dict, answer) -> dict:
+    """Entry run, by an implementation without state: each optimizer step gets the next β of the one before it."""
+    found, beta = [], case["beta"]
+    for part in case["optimizer_steps"]:
+        found.append(answer(case | part | {"entry": "logits", "beta": beta}))
+        beta = float(found[-1]["next_beta"])
+    joined = {k: np.concatenate([np.asarray(a[k]) for a in found]) for k in ("step", "beta")}
+    return joined | {k: [float(a[k]) for a in found] for k in ("loss", "next_beta")}
+
+
 def textbook(case: dict, dtype: torch.dtype) -> dict | None:
     """The definition, line by line: log-softmaxes of perturbed logits, summed, subtracted, compared."""
     if case["entry"] == "sums":
         return None
+    if case["entry"] == "run":
+        return in_a_row(case, lambda one: textbook(one, dtype))
     f, r, labels, owner = tensors(case)
     f, r = f.to(dtype), r.to(dtype)
 
@@ -84,7 +101,7 @@ def textbook_bfloat16(case: dict) -> dict | None:
 
 class PatchedTrainer:
     """What a patch of a DPO trainer looks like: padded batches, labels of −100, three passes of `selective_log_softmax`,
-    β as an attribute, updated once an optimizer step from the mean step, as the authors' code does."""
+    one ε, and β as an attribute that is updated once an optimizer step from the mean step, as in the authors' code."""
 
     def __init__(self, beta: float, epsilon: float):
         self.beta, self.epsilon, self.steps = beta, epsilon, []
@@ -95,46 +112,52 @@ class PatchedTrainer:
         per_token = torch.gather(logits.float().log_softmax(-1), 2, labels.unsqueeze(2)).squeeze(2)
         return (per_token * mask).sum(-1)
 
-    def compute_loss(
-        self, logits: torch.Tensor, ref_logits: torch.Tensor, labels: torch.Tensor, epsilon: float
-    ) -> tuple:
+    def compute_loss(self, logits: torch.Tensor, ref_logits: torch.Tensor, labels: torch.Tensor) -> tuple:
+        e = self.epsilon
         policy = self.get_batch_logps(logits, labels)
         reference = self.get_batch_logps(ref_logits, labels)
         with torch.no_grad():
-            lower = self.get_batch_logps((1 + epsilon) * logits - epsilon * ref_logits, labels)
-            higher = self.get_batch_logps((1 - epsilon) * logits + epsilon * ref_logits, labels)
+            lower = self.get_batch_logps((1 + e) * logits - e * ref_logits, labels)
+            higher = self.get_batch_logps((1 - e) * logits + e * ref_logits, labels)
             z, z_lower, z_higher = (x.chunk(2)[0] - x.chunk(2)[1] for x in (policy, lower, higher))
             step = torch.where((z_lower > z) & (z > z_higher), 1, torch.where((z_lower < z) & (z < z_higher), -1, 0))
-            beta = self.beta / (1 + self.epsilon * step)
+            beta = self.beta / (1 + e * step)
         log_ratio = policy - reference
         losses = -F.logsigmoid(beta * (log_ratio.chunk(2)[0] - log_ratio.chunk(2)[1]))
         self.steps.append(step)
         return losses, beta, step
 
     def end_of_step(self, baseline: str) -> None:
-        step = torch.cat(self.steps).double()
-        factor = (
-            1 / (1 + self.epsilon * step.mean()) if baseline == "harmonic" else (1 / (1 + self.epsilon * step)).mean()
-        )
+        step, e = torch.cat(self.steps).double(), self.epsilon
+        factor = 1 / (1 + e * step.mean()) if baseline == "harmonic" else (1 / (1 + e * step)).mean()
         self.beta *= factor.item()
+        self.steps = []
 
 
 def trl_style(case: dict) -> dict | None:
-    if case["entry"] != "logits":
+    """The adapter of a port with one ε and with state: it declines what has two, and keeps the trainer for a run."""
+    if case["entry"] not in ("logits", "run") or case["epsilon_check"] != case["epsilon_step"]:
         return None
+    trainer = PatchedTrainer(case["beta"], case["epsilon_step"])
+    found = [optimizer_step(trainer, part, case["baseline"]) for part in case.get("optimizer_steps", [case])]
+    losses, betas, steps, next_betas = zip(*found)
+    answer = {"step": torch.cat(steps), "beta": torch.cat(betas)}
+    if case["entry"] == "run":
+        return answer | {"loss": losses, "next_beta": next_betas}
+    return answer | {"loss": losses[0], "next_beta": next_betas[0]}
+
+
+def optimizer_step(trainer: PatchedTrainer, part: dict, baseline: str) -> tuple:
+    """The loss, β̃, the steps and the next β of one optimizer step."""
     pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(  # noqa: E731
         [torch.tensor(x) for x in rows], batch_first=True, padding_value=value
     )
-    logits, ref_logits, labels = (
-        pad(case["policy_logits"], 0.0),
-        pad(case["ref_logits"], 0.0),
-        pad(case["labels"], -100),
-    )
-    trainer = PatchedTrainer(case["beta"], case["epsilon_step"])
-    found, pairs = [], len(labels) // 2
-    for pair in torch.arange(pairs).split(case["micro_batches"]):
+    logits, ref_logits = (pad(part[k], 0.0) for k in ("policy_logits", "ref_logits"))
+    labels, pairs = pad(part["labels"], -100), len(part["labels"]) // 2
+    found = []
+    for pair in torch.arange(pairs).split([int(n) for n in part["micro_batches"]]):
         rows = torch.cat([pair, pair + pairs])
-        found.append(trainer.compute_loss(logits[rows], ref_logits[rows], labels[rows], case["epsilon_check"]))
+        found.append(trainer.compute_loss(logits[rows], ref_logits[rows], labels[rows]))
     losses, beta, step = (torch.cat(x) for x in zip(*found))
-    trainer.end_of_step(case["baseline"])
-    return {"step": step, "beta": beta, "loss": losses.mean(), "losses": losses, "next_beta": trainer.beta}
+    trainer.end_of_step(baseline)
+    return losses.mean(), beta, step, trainer.beta

@@ -47,7 +47,7 @@ class LogitsReadAsDoubles(Oracle):
     """The 9 digits of a logit read as a double: it is the float32 nearest to it (Math.fround, strtof, np.float32)."""
 
     def answer(self, case):
-        return super().answer(case | {k: case["as_written"][k] for k in case["as_written"]})
+        return super().answer(case | case.get("as_written", {}))
 
 
 class OverflowingIncrements(Oracle):
@@ -207,6 +207,34 @@ class TiesLower(Oracle):
         return np.where((minus >= 0) & (plus <= 0), 1, np.where((minus < 0) & (plus > 0), -1, 0))
 
 
+class TieMinusLowers(Oracle):
+    """z(β⁻) ≥ z(β) > z(β⁺) counted as step +1: both comparisons are strict, a tie on one side keeps β."""
+
+    def step(self, minus, plus):
+        return np.where((minus == 0) & (plus < 0), 1, super().step(minus, plus))
+
+
+class TiePlusLowers(Oracle):
+    """z(β⁻) > z(β) ≥ z(β⁺) counted as step +1: both comparisons are strict, a tie on one side keeps β."""
+
+    def step(self, minus, plus):
+        return np.where((minus > 0) & (plus == 0), 1, super().step(minus, plus))
+
+
+class TieMinusRaises(Oracle):
+    """z(β⁻) ≤ z(β) < z(β⁺) counted as step −1: both comparisons are strict, a tie on one side keeps β."""
+
+    def step(self, minus, plus):
+        return np.where((minus == 0) & (plus > 0), -1, super().step(minus, plus))
+
+
+class TiePlusRaises(Oracle):
+    """z(β⁻) < z(β) ≤ z(β⁺) counted as step −1: both comparisons are strict, a tie on one side keeps β."""
+
+    def step(self, minus, plus):
+        return np.where((minus < 0) & (plus == 0), -1, super().step(minus, plus))
+
+
 class ChosenOnly(Oracle):
     """Only the chosen response looked at in the check: it is about chosen minus rejected."""
 
@@ -227,6 +255,53 @@ class SignOfTheMargin(Oracle):
     def differences(self, sums):
         margin = self.margin(sums["logp"], sums["ref_logp"])
         return margin, -margin
+
+
+class Top50(Oracle):
+    """The check over the 50 largest logits of the policy: the normaliser of a perturbed policy is a sum over all."""
+
+    k = 50
+
+    def tokens(self, f, r, labels, epsilon):
+        found = super().tokens(f, r, labels, epsilon)
+        if f.shape[1] <= self.k:
+            return found
+        keep = np.argsort(-f, axis=1, kind="stable")[:, : self.k]
+        keep = [np.union1d(k, y) for k, y in zip(keep, labels)]
+        one = [
+            super(Top50, self).tokens(f[[t]][:, k], r[[t]][:, k], np.searchsorted(k, labels[[t]]), epsilon)
+            for t, k in enumerate(keep)
+        ]
+        return found | {k: np.concatenate([x[k] for x in one]) for k in ("delta_minus", "delta_plus")}
+
+
+class Top500(Top50):
+    """The check over the 500 largest logits of the policy: the normaliser of a perturbed policy is a sum over all."""
+
+    k = 500
+
+
+class Top1000(Top50):
+    """The check over the 1,000 largest logits of the policy: the normaliser of a perturbed policy is a sum over all."""
+
+    k = 1000
+
+
+class CutAt512(Oracle):
+    """Responses cut to 512 tokens."""
+
+    def responses(self, case):
+        return [(f[:512], r[:512], y[:512]) for f, r, y in super().responses(case)]
+
+
+class BetaClipped(Oracle):
+    """β̃ and the next β kept within [0.001, 10]: the method has no such bounds."""
+
+    def beta_tilde(self, beta, step, case):
+        return np.clip(super().beta_tilde(beta, step, case), 1e-3, 10)
+
+    def next_beta(self, beta, steps, epsilon, baseline):
+        return float(np.clip(super().next_beta(beta, steps, epsilon, baseline), 1e-3, 10))
 
 
 class FirstOrderBeta(Oracle):
@@ -268,6 +343,8 @@ class MeanOfBetaMeans(Oracle):
     """The next β averaged over micro-batches (or processes), whatever their sizes: add up the counts instead."""
 
     def next_beta(self, beta, steps, epsilon, baseline):
+        if baseline == "harmonic":
+            return super().next_beta(beta, [np.array([s.mean() for s in steps])], epsilon, baseline)
         return float(np.mean([super(MeanOfBetaMeans, self).next_beta(beta, [s], epsilon, baseline) for s in steps]))
 
 
@@ -285,6 +362,32 @@ class NextBetaFromLast(Oracle):
 
     def next_beta(self, beta, steps, epsilon, baseline):
         return super().next_beta(beta, steps[-1:], epsilon, baseline)
+
+
+class StepsCarriedOver(Oracle):
+    """The steps of an optimizer step not forgotten in the next one: the mean of steps (or of β̃) starts anew each time."""
+
+    earlier: list | None = None  # the steps of a run so far
+
+    def run(self, case):
+        self.earlier = []
+        found = super().run(case)
+        self.earlier = None
+        return found
+
+    def next_beta(self, beta, steps, epsilon, baseline):
+        if self.earlier is None:
+            return super().next_beta(beta, steps, epsilon, baseline)
+        self.earlier += steps
+        mean = np.concatenate(self.earlier).sum() / len(np.concatenate(steps))  # the sum goes on, the count does not
+        return super().next_beta(beta, [np.array([mean])], epsilon, baseline)
+
+
+class BetaNotUpdated(Oracle):
+    """Every optimizer step at the first β: each starts from the next β of the one before it."""
+
+    def beta_of_next_step(self, first, last):
+        return first
 
 
 class OtherBaseline(Oracle):

@@ -1,6 +1,6 @@
 """A second implementation, in NumPy float64, that shares no code with `epsdpo.py`.
 
-The steps of the method are methods of a class, so that `mistakes.py` can get one of them wrong at a time.
+Each step of the method is a method of a class, so that `mistakes.py` can get one of them wrong at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ def of_label(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 class Oracle:
-    """`Oracle().answer(case)`; cases are as `judging.to_arrays` makes them."""
+    """`Oracle().answer(case)`; cases are as `asking.to_arrays` makes them."""
 
     def answer(self, case: dict) -> dict:
+        if case["entry"] == "run":
+            return self.run(case)
         b = case["beta"]
         if case["entry"] == "sums":
             sums = [dict(zip(self.NAMES, x)) for x in zip(*(np.asarray(case[k], np.float64) for k in self.NAMES))]
@@ -48,16 +50,16 @@ class Oracle:
             "delta_minus": minus,
             "delta_plus": plus,
         }
-        if case["entry"] == "logits":
-            slope = self.beta_of_loss(b, beta_tilde) * np.exp(
-                -np.logaddexp(0, self.beta_of_loss(b, beta_tilde) * margin)
-            )
-            signed = np.concatenate([-slope, slope]) / len(step)
-            found["grad"] = [
-                x * (np.eye(f.shape[1])[y] - np.exp(log_softmax(f.astype(np.float64))))
-                for x, (f, _, y) in zip(signed, responses)
-            ]
         return found
+
+    def run(self, case: dict) -> dict:
+        """Optimizer steps in a row: each starts from the next β of the one before it."""
+        found, beta = [], case["beta"]
+        for part in case["optimizer_steps"]:
+            found.append(self.answer(case | part | {"entry": "logits", "beta": beta}))
+            beta = self.beta_of_next_step(case["beta"], found[-1])
+        joined = {k: np.concatenate([a[k] for a in found]) for k in ("step", "beta")}
+        return joined | {k: [a[k] for a in found] for k in ("loss", "next_beta")}
 
     NAMES = ("logp", "ref_logp", "delta_minus", "delta_plus")
 
@@ -90,6 +92,9 @@ class Oracle:
             large = np.where(a < 1, 0, np.exp(log_p + a) - np.exp(log_p))
             return np.where(abs(direct) < 0.3, np.log1p(np.maximum((small + large).sum(-1), -0.9)), direct)
 
+    def beta_of_next_step(self, first: float, last: dict) -> float:
+        return last["next_beta"]
+
     def total(self, tokens: dict[str, np.ndarray]) -> dict[str, float]:
         return {k: x.sum() for k, x in tokens.items()}
 
@@ -120,5 +125,32 @@ class Oracle:
         return beta * (1 / (1 + epsilon * step)).mean()
 
 
+def kl(f: np.ndarray, r: np.ndarray) -> float:
+    """KL(π_θ ‖ π_ref), summed over positions: log E_p[exp(−c)] with c = u − E_p[u], by increments where c is small."""
+    log_p = log_softmax(f)
+    c = f - r
+    c = c - (np.exp(log_p) * c).sum(-1, keepdims=True)
+    series = c * c / 2 * (1 - c / 3 * (1 - c / 4 * (1 - c / 5 * (1 - c / 6))))
+    excess = np.where(abs(c) < 0.1, series, np.expm1(np.minimum(-c, 1)) + c)  # exp(−c) − 1 + c
+    far = log_sum_exp(log_p - c)
+    near = np.log1p((np.exp(log_p) * np.where(-c < 1, excess, 0)).sum(-1))
+    return np.where(c.min(-1) > -1, near, far).sum()
+
+
+def gradient(f: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """∂(−log p of the labels)/∂f."""
+    return np.exp(log_softmax(f)) - np.eye(f.shape[1])[labels]
+
+
 def answer(case: dict) -> dict:
-    return Oracle().answer(case)
+    """All that an answer may hold."""
+    found = Oracle().answer(case)
+    if case["entry"] in ("sums", "run"):
+        return found
+    responses = [(f.astype(np.float64), r.astype(np.float64), y) for f, r, y in Oracle().responses(case)]
+    found["kl"] = np.array([kl(f, r) for f, r, _ in responses])
+    if case["entry"] == "logits":
+        slope = found["beta"] * np.exp(-np.logaddexp(0, found["beta"] * found["margin"])) / len(found["step"])
+        signed = np.concatenate([slope, -slope])
+        found["grad"] = [s * gradient(f, y) for s, (f, _, y) in zip(signed, responses)]
+    return found

@@ -10,32 +10,30 @@ import sys
 
 import numpy as np
 
+from .asking import Command, Function
 from .cases import PROPERTIES, read
-from .judging import Command, Function, complaints
+from .judging import Results
 
 EXAMPLES = ["ours", "trl_style", "textbook_float32", "textbook_bfloat16"]
 
 
-def properties_passed(cases: list[dict], answers: list, level: str, baseline: str) -> str:
+def properties_passed(results: Results, level: str) -> str:
     """ "n of m", and the names of those that fail."""
-    asked = [(c, a) for c, a in zip(cases, answers) if c["level"] == level and a is not None]
-    offered = [p for p in PROPERTIES if any(c["property"] == p for c, _ in asked)]
-    failed = {c["property"] for c, a in asked if complaints(c, a, baseline)}
-    names = ", ".join(p for p in offered if p in failed)
-    return f"{len(offered) - len(failed)} of {len(offered)}" + (f" (fails: {names})" if 0 < len(failed) <= 6 else "")
+    asked = [p for p in PROPERTIES if results.of(level, p)]
+    failed = [p for p in asked if results.failing(level, p)]
+    names = f" (fails: {', '.join(failed)})" if 0 < len(failed) <= 6 else ""
+    return f"{len(asked) - len(failed)} of {len(asked)}{names}"
 
 
-def right_steps(cases: list[dict], answers: list) -> dict[float, float]:
+def right_steps(results: Results) -> dict[float, float]:
     """Of the cases near the reference, the share of pairs with the right step, for each scale."""
     found: dict[float, list[bool]] = {}
-    for c, a in zip(cases, answers):
-        if "scale" in c:
-            steps = a.get("step", ()) if isinstance(a, dict) else ()
-            right = np.array(c["expected"]["step"])
-            steps = np.asarray(steps)
-            found.setdefault(c["scale"], []).extend(
-                steps == right if steps.shape == right.shape else [False] * len(right)
-            )
+    for j in results.judged:
+        if "scale" in j.case:
+            right = np.array(j.case["expected"]["step"])
+            steps = np.asarray(j.answer.get("step", ()) if isinstance(j.answer, dict) else ())
+            same = steps == right if steps.shape == right.shape else [False] * len(right)
+            found.setdefault(j.case["scale"], []).extend(same)
     return {scale: float(np.mean(x)) for scale, x in found.items()}
 
 
@@ -45,9 +43,9 @@ def table(implementations: list) -> str:
     head = ["implementation", "level method: properties", "level exact: properties", *(f"{s:g}" for s in scales)]
     rows = [head, ["---"] * len(head)]
     for implementation in implementations:
-        answers = implementation.ask(cases)
-        passed = [properties_passed(cases, answers, v, implementation.baseline) for v in ("method", "exact")]
-        shares = right_steps(cases, answers)
+        results = Results(implementation, cases)
+        passed = [properties_passed(results, v) for v in ("method", "exact")]
+        shares = right_steps(results)
         rows.append([implementation.name, *passed, *(f"{shares[s]:.0%}" for s in scales)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
