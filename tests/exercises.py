@@ -69,7 +69,7 @@ def section_8_problem() -> tuple[toy.World, GPT, list[Pair]]:
 def section_8_run(epsilon: float, pairs: int = 4096, batch_size: int = 64, epochs: int = 1) -> tuple[list[dict], float]:
     """The metrics of section 8's run with this ε (0 is DPO), and its share of the attainable gain."""
     world, reference, all_pairs = section_8_problem()
-    flags = Flags(beta=0.5, epsilon=0.02, epsilon_step=epsilon, lr=2e-3, batch_size=batch_size, epochs=epochs)
+    flags = Flags(beta=0.5, epsilon_step=epsilon, lr=2e-3, batch_size=batch_size, epochs=epochs)
     policy = copy.deepcopy(reference)
     metrics = train(policy, reference, all_pairs[:pairs], flags)
     logp, ref_logp = world.list_logps(policy), world.list_logps(reference)

@@ -306,6 +306,10 @@ def test_solutions_are_right(n, one_thread):
     assert exercises.verdict(n, vars(solutions), Path(solutions.__file__)) == "right"
 
 
+def test_predictions_of_exercise_7_are_made_by_the_code_beside_them(one_thread):
+    assert solutions.predictions() == pytest.approx(solutions.exercise_7, rel=5e-3)
+
+
 def numbers_in(value) -> list[float]:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else [value]
     if values is not value and len(values) == 1 and not isinstance(value, (dict, tuple, list)):
