@@ -50,27 +50,38 @@ def path(epsilon: float) -> tuple[list[dict], list[torch.Tensor]]:
     return train(copy.deepcopy(reference), reference, problem().pairs, Flags(), method), logps
 
 
-def draw_frontier(axes: Axes) -> None:
-    """Mean reward against KL along a run of DPO and one of ε-DPO, and the best reward possible at each KL."""
+def reward_against_kl(axes: Axes, runs: dict[str, list[torch.Tensor]]) -> dict[str, np.ndarray]:
+    """Draw the best reward possible at each KL; returns KL and reward of each run's policies, (2, policies)."""
     ref_logp, reward = problem().ref_logp, problem().world.reward
-    runs = {"DPO": (path(0.0)[1], BLUE, "o"), "ε-DPO, ε 0.01": (path(0.01)[1], ORANGE, "s")}
-    for name, (logps, color, marker) in runs.items():
-        kls, rewards = zip(*((toy.kl(logp, ref_logp), toy.mean_reward(logp, reward)) for logp in logps))
-        axes.plot(kls, rewards, ".-", color=color, linewidth=1, alpha=0.5)
-        axes.plot(kls[-1], rewards[-1], marker, color=color, label=f"{name}, end of the run")
-    kls = np.linspace(0, 1.1 * axes.get_xlim()[1], 60)
+    kls = np.linspace(0, 1.2, 60) ** 2
     axes.plot(kls, [toy.frontier(ref_logp, reward, k) for k in kls], color=GREY, label="best possible")
     axes.set(xlabel="KL to the reference, nats", ylabel="mean reward")
-    axes.legend(loc="lower right")
+    return {
+        name: np.array([(toy.kl(logp, ref_logp), toy.mean_reward(logp, reward)) for logp in logps]).T
+        for name, logps in runs.items()
+    }
 
 
 def frontier(figure: Figure) -> None:
-    draw_frontier(figure.subplots())
+    axes = figure.subplots()
+    found = reward_against_kl(axes, {"DPO": path(0.0)[1], "ε-DPO, ε 0.01": path(0.01)[1]})
+    for (name, points), color, side in zip(found.items(), (BLUE, ORANGE), (6, -14)):
+        axes.plot(*points, ".-", color=color, linewidth=1, label=name)
+        for i in (2, 6, 10, 16):
+            axes.annotate(f"{16 * i}", points[:, i], (0, side), color=color, textcoords="offset points", ha="center")
+    axes.legend(loc="lower right", title="numbers: optimizer steps")
 
 
 def toy_run(figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
-    draw_frontier(left)
+    ends = {"DPO": path(0.0)[1][-1:], "ε-DPO": path(0.01)[1][-1:], "reference": path(0.01)[1][:1]}
+    ends["optimum at β 0.5"] = [toy.optimum(problem().ref_logp, problem().world.reward, 0.5)]
+    for (name, point), color in zip(reward_against_kl(left, ends).items(), (BLUE, ORANGE, "black", GREY)):
+        left.plot(*point, "o", color=color)
+        above = name.startswith("optimum")
+        where = {"xytext": (0, 8), "ha": "right"} if above else {"xytext": (8, -12), "ha": "left"}
+        left.annotate(name, point[:, 0], color=color, textcoords="offset points", **where)
+    left.annotate("best possible at this KL", (0.35, 0.62), color=GREY)
     for name, epsilon, color in (("DPO", 0.0, BLUE), ("ε-DPO, ε 0.01", 0.01, ORANGE)):
         right.plot([line["beta"] for line in path(epsilon)[0]], color=color, label=name)
     right.set(xlabel="optimizer step", ylabel="β", ylim=(0, 0.55))

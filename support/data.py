@@ -154,7 +154,8 @@ def write(example: Example, tokenizer: Tokenizer | None) -> Texts:
     if example.form == "token ids":
         return Texts(example)
     if tokenizer is None:
-        raise ValueError(f"a row of {example.form} needs a tokenizer, but the checkpoint folder has no tokenizer.json")
+        remedy = "AutoTokenizer.from_pretrained(…).save_pretrained(…) makes one of a tokenizer.model"
+        raise ValueError(f"a row of {example.form} needs a tokenizer.json in the checkpoint folder ({remedy})")
     if example.form == "text":
         texts = [prompt, *(prompt + answer for answer in answers)]
         return Texts(example, texts, said=[("text", text) for text in example.parts])

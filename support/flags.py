@@ -65,7 +65,7 @@ def fill_in(flags: object, real: bool) -> None:
         value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]
         if allowed and value is not None and (expected := _expected(value, allowed)):
             raise ValueError(f"{option(field.name)} must be {expected} (got {value})")
-        if needs and value and value != field.default and not getattr(flags, needs):
+        if needs and field.name in flags.given and not getattr(flags, needs):
             raise ValueError(f"{option(field.name)} also needs {option(needs)}")
 
 

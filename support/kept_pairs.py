@@ -62,9 +62,8 @@ def load_pairs_file(path: Path, vocab_size: int) -> tuple[list[Pair], list[Pair]
         ends = np.cumsum(lengths.reshape(-1, 3))
         n = len(lengths)
         require(cut.shape == (n, 3) and place.shape == line.shape == (n,), "its arrays are not of one length")
-        require(
-            ids.dtype == np.int32 and lengths.min() > 0 and ends[-1] == len(ids), "its lengths and ids do not match"
-        )
+        fits = ids.dtype == np.int32 and lengths.min() > 0 and ends[-1] == len(ids)
+        require(fits, "its lengths and ids do not match")
         parts = np.split(ids, ends[:-1])
         columns = zip(parts[::3], parts[1::3], parts[2::3], place, line, cut)
         every = [Pair(p, c, r, files[i], int(row), tuple(map(int, gone))) for p, c, r, i, row, gone in columns]

@@ -33,7 +33,6 @@ from support.signals import asked_to_stop
 GATHERED_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What a new run removes of an old one, in this order: a kill in between must not make the new run look finished.
 RESULTS = ("model", "checkpoint.pt", "pairs.npz", "metrics.jsonl", "run.svg")
-NO_CHECKPOINT = "no checkpoint was saved (--save-every N writes one every N steps)"
 # Flags that a resumed run may change: they change no number, or only the last bits of one.
 FREE_ON_RESUME = ("model", "out", "device", "micro_tokens", "eval_every", "save_every", "samples", "show", "resume")
 FREE_ON_RESUME += ("overwrite", "gradient_checkpointing", "given")
@@ -57,13 +56,15 @@ class Run:
         self.out, self.flags, self.command = out, flags, command
         self.lines: list[dict[str, float]] = []
         self.done = self.saved = self.step = 0  # steps finished, steps in the checkpoint, the step at work
+        self.asked: Sequence[int] = ()  # the signal that asked this process to stop
         self.stopping = False  # whether any process was asked to stop when the last step ended
         self.file = self.bar = None
-        self.made_by: dict | None = None  # what made the kept pairs, if the run goes on with them
-        self.writes = rank_and_world()[0] == 0  # one process does, and decides what there is to go on with
-        there = out and flags.resume and {name for name in RESULTS if (out / name).exists()}
-        there = from_process_0(there or set())
-        self.resumes, self.has_pairs, self.finished = (x in there for x in ("checkpoint.pt", "pairs.npz", "model"))
+        self.made_by: dict | None = None  # what made the kept pairs, if the run continues with them
+        self.writes = rank_and_world()[0] == 0  # one process writes; the others may not even see the folder
+        found = [name for name in RESULTS if (out / name).exists()] if out and flags.resume else []
+        found = from_process_0(found)
+        self.resumes, self.has_pairs = "checkpoint.pt" in found, "pairs.npz" in found
+        self.finished = "model" in found
         if out and self.writes:
             self._claim()
         if self.finished:
@@ -118,16 +119,16 @@ class Run:
             return
         self.fingerprint = fingerprint(self.flags, pairs, eval_pairs)
         if self.writes:
-            self._check_room(pairs_file_size([*pairs, *eval_pairs]) if self.flags.model else 0)
+            self._check_room(pairs_file_size([*pairs, *eval_pairs]))
         if self.resumes:
             self.done, self.lines = load_checkpoint(self.out, policy, optimizer, method, self.fingerprint)
             self.saved = self.step = self.done
         if self.writes:
             self._open(pairs, eval_pairs)
 
-    def _check_room(self, of_pairs: int) -> None:
+    def _check_room(self, pairs_size: int) -> None:
         weights = sum(p.numel() for p in self.policy.parameters())
-        need = weights * (4 + 24 * bool(self.flags.save_every)) + of_pairs  # a new checkpoint beside the old one
+        need = weights * (4 + 24 * bool(self.flags.save_every)) + pairs_size  # a new checkpoint beside the old one
         replaced = [self.out / name for name in ("checkpoint.pt", "pairs.npz", f"model/{SINGLE}")]
         free = shutil.disk_usage(self.out).free + sum(x.stat().st_size for x in replaced if x.exists())
         if free < need:
@@ -176,17 +177,23 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             raise self._interrupted(f"interrupted in step {self.step}")
         if isinstance(error, (ValueError, OSError)):
-            how = f"continue from the checkpoint of step {self.saved} with --resume" if self.saved else NO_CHECKPOINT
             kind = ValueError if isinstance(error, ValueError) else OSError
-            raise kind(f"step {self.step}, {error}" + f"; {how}" * bool(self.out)) from error
+            how = f"; {self._checkpoint('with --resume')}" if self.out else ""
+            raise kind(f"step {self.step}, {error}{how}") from error
+
+    def _checkpoint(self, how: str) -> str:
+        if self.saved:
+            return f"continue from the checkpoint of step {self.saved} {how}"
+        return "no checkpoint was saved (--save-every N writes one every N steps)"
 
     def _interrupted(self, where: str) -> KeyboardInterrupt:
         """What ends the program, with the command that continues the run."""
         if not (self.out and self.writes):
             return KeyboardInterrupt(where)
-        again = f"continue from the checkpoint of step {self.saved}" if self.saved else "start again"
-        lost = f"{NO_CHECKPOINT}; " if self.step and not self.saved else ""
-        return KeyboardInterrupt(f"{where}; {lost}{again} {self.command or 'with --resume'}")
+        how = self.command or "with --resume"
+        if self.step:
+            where += f"; {self._checkpoint(how)}"
+        return KeyboardInterrupt(where if self.saved else f"{where}; start again {how}")
 
     def progress(self, steps: int) -> Iterator[int]:
         """The steps that are still to do, 0-based, with a bar."""
@@ -306,12 +313,11 @@ def fingerprint(flags: object, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]
             f.seek(max(0, path.stat().st_size - (1 << 20)))
             files.update(f.read())
     free = (*FREE_ON_RESUME, *DATA_FLAGS)
-    chosen = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in free}
-    chosen["cache_reference"] = str(bool(flags.cache_reference))  # where the file is changes no number
+    values = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in free}
+    values["cache_reference"] = str(bool(flags.cache_reference))  # where the file is changes no number
     hashes = {"the training pairs": ids_hash(pairs), "the held-out pairs": ids_hash(eval_pairs)}
-    return chosen | {
-        name: f"sha256 {value[:16]}" for name, value in (hashes | {"the model": files.hexdigest()}).items()
-    }
+    hashes["the model"] = files.hexdigest()
+    return values | {name: f"sha256 {value[:16]}" for name, value in hashes.items()}
 
 
 def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, str]) -> tuple[int, list]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from support.files import what_is
 from support.rows import MAX_DETAIL, BadRow
 
 MARK = "Xq7AnswerXq7"  # stands for an answer where only the text that the template writes after it matters
@@ -47,6 +48,8 @@ class Tokenizer:
             from transformers import PreTrainedTokenizerFast
         except ImportError as error:
             raise ImportError("text needs the package transformers: pip install -e '.[hf]'") from error
+        if file.exists() and (kind := what_is(file)):
+            raise ValueError(f"{file} is {kind}")
         with one_error(ValueError, f"cannot read the tokenizer of {folder}"):
             # tokenizer.json is the truth. AutoTokenizer would rebuild some tokenizers from the name of their class.
             own = tokenizers.Tokenizer.from_file(str(file))

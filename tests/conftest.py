@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from support import toy
 from support.checkpoint import save_model
 from tests.runs import id_rows, tiny_model, write_rows
@@ -17,9 +16,8 @@ from tests.runs import id_rows, tiny_model, write_rows
 
 @pytest.fixture
 def alone(monkeypatch):
-    """One thread, so that bits are comparable; no figure, no forecast, for they take longer than a run of this size."""
+    """One thread, so that bits are comparable; no figure, which takes longer than a run of this size."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(train, "forecast", lambda *_: "")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -587,6 +587,14 @@ def test_a_folder_that_cannot_be_read(tmp_path, broken, content):
 
 # --------------------------------------------------------------------------------------------------------- chats
 
+
+def test_a_pointer_in_place_of_a_tokenizer(tmp_path):
+    folder = make(tmp_path / "m")
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="tokenizer.json is a Git LFS pointer.*git lfs pull"):
+        Tokenizer.from_pretrained(folder)
+
+
 ENDS = {
     "ChatML": "<|im_end|>",
     "Llama 2": "</s>",
@@ -1380,5 +1388,5 @@ def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds,
     assert no_prompt.startswith(f"⟦no pair⟧ {path}:2: no prompt") and "columns: chosen, question, rejected" in no_prompt
     assert dropped.startswith(f"⟦no pair⟧ {path}:3: equal after truncation")
     assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 5
-    with pytest.raises(ValueError, match="a:1: a row of text needs a tokenizer"):
+    with pytest.raises(ValueError, match="a:1: a row of text needs a tokenizer.json .*AutoTokenizer"):
         list(data.show_pairs([path], 2, None, 10**6, 64))

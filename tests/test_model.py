@@ -216,8 +216,10 @@ def test_rope_numbers():
     assert scaled == pytest.approx([1, 0.0130422562, 0.00125, 0.000125], rel=1e-6)
 
     cos, sin = rope(small_config(head_dim=4), torch.tensor([[1]]))
-    turned = rotate(torch.tensor([1.0, 0, 0, 0]).view(1, 1, 1, 4), cos, sin)
-    assert turned.flatten().tolist() == pytest.approx([0.5403023, 0, 0.8414710, 0], abs=1e-7)
+    turned = rotate(torch.eye(4).view(1, 4, 1, 4), cos, sin)[0, :, 0]  # dimensions 0 and 2 are a pair, so are 1 and 3
+    assert turned[0].tolist() == pytest.approx([0.5403023, 0, 0.8414710, 0], abs=1e-7)
+    assert turned[1].tolist() == pytest.approx([0, 0.9999500, 0, 0.0099998], abs=1e-7)
+    assert turned[2].tolist() == pytest.approx([-0.8414710, 0, 0.5403023, 0], abs=1e-7)
 
 
 @settings(max_examples=30, deadline=None)

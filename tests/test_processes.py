@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(folder, tmp_path
     assert codes == [130, 130], "\n".join(logs)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
     assert [line["step"] for line in read_metrics(out) if "loss" in line] == [1, 2, 3, 4, 5]
-    assert "--resume" in logs[0]
+    assert "stopped after step 5; continue from the checkpoint of step 5" in logs[0]
 
 
 FAULTS = {  # what goes wrong on process 1 alone, in its fourth step
@@ -211,6 +212,84 @@ def undisturbed(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     two(argv_of(folder, out), out.parent)
     return out
+
+
+def test_a_signal_to_one_process_in_an_evaluation_stops_both(folder, tmp_path):
+    argv = argv_of(folder, tmp_path / "out", "--eval-every", 5)
+    two(argv_of(folder, tmp_path / "whole", "--eval-every", 5), tmp_path)
+    in_evaluation = (  # the second micro-batch of the evaluation after step 5
+        "original, n = train.score_pairs, [0]\n"
+        "def score_pairs(*args):\n"
+        "    steps.update([torch.is_grad_enabled()])\n"
+        "    n[0] += not torch.is_grad_enabled() and steps[True] > 0\n"
+        "    if n[0] == 2 and not torch.is_grad_enabled(): os.kill(os.getpid(), 15)\n"
+        "    return original(*args)\n"
+        "train.score_pairs = score_pairs\n"
+        "import collections\n"
+        "steps = collections.Counter()\n"
+    )
+    codes, logs = run_many(argv, tmp_path, before={1: in_evaluation})
+    assert codes == [130, 130], "\n".join(logs)
+    assert (
+        "stopped after step 5; continue from the checkpoint of step 5 with the same torchrun as before and:" in logs[0]
+    )
+    assert logs[0].splitlines()[-1].endswith("--eval-every 5 --resume") and "--resume" not in logs[1]
+    assert [line["step"] for line in read_metrics(tmp_path / "out")] == [0, 1, 2, 3, 4, 5]
+    two([*argv, "--resume"], tmp_path)
+    assert snapshot(tmp_path / "out" / "model") == snapshot(tmp_path / "whole" / "model")
+    assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
+
+
+def test_processes_agree_on_what_they_resume(folder, undisturbed, tmp_path):
+    """Process 0 decides, even where the others see other files: `exists` says the opposite on process 1."""
+    out, without = tmp_path / "out", argv_of(folder, tmp_path / "out", "--resume")
+    at = without.index("--data")
+    del without[at : at + 2]
+    stop, lies = (
+        stopped_after(5),
+        (
+            "from pathlib import Path\n"
+            "exists = Path.exists\n"
+            f"Path.exists = lambda self, **k: exists(self, **k) != (self.parent == Path({str(out)!r}))\n"
+        ),
+    )
+    before = {1: lies}
+    assert run_many(argv_of(folder, out), tmp_path, before={0: stop, 1: stop + lies})[0] == [130, 130]
+    (out / "checkpoint.pt").rename(tmp_path / "checkpoint.pt")
+    for saved in (False, True):
+        if saved:  # the same folder again, with its checkpoint
+            shutil.rmtree(out / "model")
+            (tmp_path / "checkpoint.pt").rename(out / "checkpoint.pt")
+        codes, logs = run_many(without, tmp_path, before=before)
+        assert codes == [0, 0], "\n".join(logs)
+        assert ("has no checkpoint" in logs[0]) != saved
+        assert snapshot(undisturbed / "model") == snapshot(out / "model")
+        assert read_metrics(undisturbed) == read_metrics(out)
+    before_again = snapshot(out)
+    codes, logs = run_many(without, tmp_path, before=before)
+    assert codes == [0, 0] and "is finished" in logs[0] and snapshot(out) == before_again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 15])
+def test_torchrun_passes_a_signal_on_and_the_run_can_be_continued(number, folder, undisturbed, tmp_path):
+    root, out = Path(train.__file__).resolve().parent, tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
+    with open(tmp_path / "log", "w") as log:
+        how = {"env": environment, "stdout": log, "stderr": log, "cwd": tmp_path}
+        process = subprocess.Popen([*command, root / "train.py", *argv_of(folder, out)], **how)
+        while process.poll() is None and not ((out / "metrics.jsonl").exists() and steps_of(read_metrics(out))):
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(120) != 0
+        said = (tmp_path / "log").read_text()
+        assert "stopping after this step" in said
+        arguments = said.split("with the same torchrun as before and:\n")[1].splitlines()[0]
+        assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 12
+        again = subprocess.run(f"{shlex.join(command)} {arguments}", shell=True, **how)
+    assert again.returncode == 0, (tmp_path / "log").read_text()
+    assert read_metrics(undisturbed) == read_metrics(out)
 
 
 @pytest.mark.parametrize(

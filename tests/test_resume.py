@@ -101,10 +101,11 @@ def test_a_signal_in_every_step_saves_and_says_how_to_continue(number, folder, u
     for step in range(1, STEPS + 1):  # one run, stopped in each of its steps
         with pytest.MonkeyPatch.context() as m:
             at_micro_batch(m, True, 1, lambda: os.kill(os.getpid(), number))
-            code, said = ended([*argv, *(["--resume"] if step > 1 else [])], capsys, lines=2)
+            code, said = ended([*argv, *(["--resume"] if step > 1 else [])], capsys, lines=3)
         assert [line["step"] for line in steps_of(read_metrics(out))] == list(range(1, step + 1))
         assert code == 130 and f"stopped after step {step}; continue from the checkpoint of step {step}" in said
-        assert said.splitlines()[1].count("--resume") == 1 and str(out) in said
+        bar, _, command = said.splitlines()
+        assert f" {step}/12 [" in bar and command.count("--resume") == 1 and str(out) in command
         assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == step
         assert not (out / "model").exists()
     assert train.main([*argv, "--resume"]) == 0
@@ -450,6 +451,7 @@ def test_signals_are_given_back_after_training(folder, tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     assert train.main(argv_of(folder, tmp_path / "out", "--steps", 1)) == 0
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------

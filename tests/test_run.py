@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 import train
@@ -93,3 +95,18 @@ def test_a_process_that_does_not_write_needs_no_folder(tmp_path, monkeypatch):
     flags = flags_of(steps=1, save_every=1)
     lines = train.train(*two_models(), pairs_of(id_rows(4)), flags, run=Run(tmp_path / "elsewhere", flags))
     assert [line["tokens"] for line in lines] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "method, betas, warnings", [(0.5, [0.005, 0.004], 1), (0.5, [50.0, 51.0, 52.0], 1), (2.0, [0.02, 200.0], 0)]
+)
+def test_beta_far_from_its_start_is_one_warning(method, betas, warnings, capsys):
+    run = Run()
+    run.method, before = SimpleNamespace(), method
+    with run:
+        for step in run.progress(len(betas)):
+            run.method.beta = betas[step]
+            line = {"loss": 0.7, "beta": before, "rewards/accuracies": 0.5, "tokens_per_second": 1.0, "grad_norm": 1.0}
+            run.log(step + 1, line)
+            before = betas[step]
+    assert capsys.readouterr().out.count("choose a smaller --epsilon") == warnings

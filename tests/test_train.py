@@ -22,9 +22,10 @@ import train
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
 from model import GPT
 from support import toy
+from support.cached_reference import CachedReference
 from support.checkpoint import load_model, load_safetensors, save_model
 from support.device import my_micro_batches
-from support.rows import collate, row_length
+from support.rows import Pair, collate, row_length
 from support.run import Run
 from tests.runs import (
     CHECKPOINT,
@@ -745,6 +746,63 @@ def test_evaluation_in_numbers():
     assert method.beta == 0.1  # looking changes nothing
 
 
+def decisions_by_hand(policy: GPT, reference: GPT, pairs: list[Pair], epsilon: float) -> list[int]:
+    """1 lower, -1 raise, 0 keep, from plain sequences in float64, each of them clear of float32's rounding."""
+    policy, reference, steps = copy.deepcopy(policy).double(), copy.deepcopy(reference).double(), []
+    for pair in pairs:
+        w, l = (plain_step_stats(policy, reference, pair.prompt, y, epsilon) for y in (pair.chosen, pair.rejected))
+        z, _, z_minus, z_plus = (float((a - b).detach()) for a, b in zip(w, l))
+        assert min(abs(z_minus - z), abs(z - z_plus)) > 1e-5
+        steps.append((z_minus > z > z_plus) - (z_minus < z < z_plus))
+    return steps
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("n, compared", [(11, 11), (150, 128)])
+def test_agreement_is_the_share_of_decisions_that_float32_would_make_too(n, compared, dtype):
+    policy, reference, pairs = nudged(tiny_model(), 0.02), tiny_model(), pairs_of(id_rows(n))
+    flags, method = flags_of(dtype=dtype), train.EpsDPO(0.1, 0.05, 0.05)
+    found = train.evaluate(policy, reference, pairs, method, flags)
+    ours, exact = {}, decisions_by_hand(policy, reference, pairs[:compared], 0.05)
+    with torch.no_grad():
+        for group in my_micro_batches(pairs[:compared], flags.micro_tokens):  # 16-bit rounding depends on the batch
+            chosen, rejected = train.score_pairs(policy, reference, collate(group), 0.05, dtype)
+            ours |= dict(zip((pair.line for pair in group), epsdpo_loss(chosen, rejected, 0.1, 0.05).step.tolist()))
+    equal = sum(ours[pair.line] == step for pair, step in zip(pairs, exact))
+    assert found["eval/steps/agree"] == equal / compared and found["eval/steps/agree_pairs"] == compared
+    assert equal < compared or n == 11 or dtype == "float16"  # some differ, or there is nothing to find
+    # The other numbers are of all pairs and of the 16-bit bodies.
+    assert found["eval/pairs"] == n
+    assert found["eval/lengths/chosen"] == pytest.approx(sum(len(pair.chosen) for pair in pairs) / n, rel=1e-12)
+    assert sum(found[f"eval/steps/{name}"] for name in ("lower", "keep", "raise")) == pytest.approx(1, rel=1e-12)
+    in_float32 = train.evaluate(policy, reference, pairs, method, flags_of())["eval/loss"]
+    assert found["eval/loss"] == pytest.approx(in_float32, abs=0.01) and found["eval/loss"] != in_float32
+
+
+@pytest.mark.parametrize(
+    "why, given",
+    [
+        ("in float32 there is nothing to compare", {"dtype": "float32"}),
+        ("without a check there are no decisions", {"dtype": "bfloat16", "epsilon_check": 0.0}),
+    ],
+)
+def test_agreement_is_left_out(why, given):
+    policy, reference = nudged(tiny_model()), tiny_model()
+    found = train.evaluate(policy, reference, pairs_of(id_rows(9)), train.EpsDPO(0.1, 0.05, 0.05), flags_of(**given))
+    assert not any("agree" in name for name in found), why
+
+
+def test_agreement_is_not_measured_before_the_first_step_nor_with_a_cached_reference(tmp_path):
+    """At step 0 all deltas are 0, and a cache has the hidden states of one dtype only."""
+    pairs, flags, reference = pairs_of(id_rows(9)), flags_of(dtype="bfloat16", steps=2, eval_every=1), tiny_model()
+    lines = train.train(tiny_model(), reference, pairs, flags, eval_pairs=pairs)
+    measured = {line["step"]: "eval/steps/agree" in line for line in lines if "eval/loss" in line}
+    assert measured == {0: False, 1: True, 2: True}
+    cached = CachedReference(reference, pairs, str(tmp_path), "bfloat16", 40)
+    lines = train.train(tiny_model(), cached, pairs, flags, eval_pairs=pairs)
+    assert not any("eval/steps/agree" in line for line in lines) and len(lines) == 5
+
+
 def test_equal_margins_have_no_spread():
     """Their mean square less their squared mean is -1.7e-18 here."""
     sums = {"rewards/accuracies": 3.0, "rewards/margins": 3 * 0.1, "margin_squares": 3 * 0.1**2}
@@ -900,6 +958,7 @@ def test_held_out_pairs_are_not_trained_on_and_the_same_for_every_seed(size, hel
 
     def note(policy, reference, pairs, flags, eval_pairs, run):
         seen.append([[pair.line for pair in some] for some in (pairs, eval_pairs)])
+        run.method = train.EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
         return [{"beta": 0.01}]
 
     monkeypatch.setattr(train, "train", note)
