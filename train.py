@@ -27,7 +27,7 @@ from model import GPT
 from support import device, toy
 from support.cached_reference import CachedReference
 from support.checkpoint import check_model, load_model, read_config
-from support.data import read_pairs, show_pairs
+from support.data import print_pairs, read_pairs
 from support.device import autocast, clip_gradient, loss_scales, my_micro_batches, rank_and_world, sum_over_processes
 from support.flags import Like, OfJob, fill_in, flag, one_line_errors, parse_flags, resume_command
 from support.report import answers, before_and_after, forecast, is_due, pairs_seen, show_answers
@@ -171,21 +171,15 @@ def totals(out: EpsDPOLoss, chosen: TokenStats, rejected: TokenStats, batch: Bat
 
 
 def run_batch(
-    policy: GPT,
-    reference: Reference,
-    micro_batches: Iterable[Pairs],
-    size: int,
-    method: EpsDPO,
-    flags: Flags,
-    scale: float = 1.0,
+    policy: GPT, reference: Reference, groups: Iterable[Pairs], size: int, method: EpsDPO, flags: Flags, scale=1.0
 ) -> tuple[dict[str, float], Tensor]:
     """Add the gradient of the mean loss over `size` pairs, times `scale`, unless gradients are off.
 
-    micro_batches: this process's. Returns the sums over all processes' pairs and the steps of this one's (N,). Raises
-    ValueError naming the rows whose logits are not finite.
+    groups: the micro-batches of this process. Returns sums over the pairs of all processes, and the steps (N,) of this
+    process's pairs. Raises ValueError naming the rows whose logits are not finite.
     """
     parts, steps = [], []
-    for pairs in micro_batches:
+    for pairs in groups:
         batch = collate(pairs).to(policy.lm_head.weight.device)
         try:
             chosen, rejected = score_pairs(policy, reference, batch, flags.epsilon_check, flags.dtype)
@@ -335,10 +329,7 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
     if run.finished:
         return
     problem = toy.make_problem(flags.seed, eval_pairs=flags.eval_size, device=where)
-    print(
-        f"toy world {flags.seed}: 5 prompts with {len(problem.world.responses)} responses each, all of them listed\n"
-        f"reference: a small GPT, {problem.distance:.4f} nats from the language that it learned"
-    )
+    print(f"toy world {flags.seed}, all its responses listed; reference {problem.distance:.4f} nats from its language")
     policy, plain = copy.deepcopy(problem.reference), copy.deepcopy(problem.reference)
     lines = train(policy, problem.reference, problem.pairs, flags, eval_pairs=problem.eval_pairs, run=run)
     run.finish()
@@ -353,11 +344,8 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     config, folder, one_process = read_config(flags.model), Path(flags.model), rank_and_world()[1] == 1
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if flags.show:
-        check_model(folder)  # what cannot train should not pass here
-        lengths = flags.max_length, flags.max_prompt_length
-        for text in show_pairs(flags.data, flags.show, tokenizer, config.vocab_size, *lengths):
-            print(f"\n{text}")
-        return
+        check_model(folder)  # a folder that cannot train should not pass here
+        return print_pairs(flags, tokenizer, config)
     if flags.cache_reference and not one_process:
         raise ValueError("--cache-reference needs one process")
     run = Run(Path(flags.out), flags, command)

@@ -468,3 +468,10 @@ def show_pairs(
             raise ValueError(str(found)) from found.error
         if reader.report.kept == n:
             return
+
+
+def print_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> None:
+    """Print the first --show pairs of --data, as the model will see them."""
+    lengths = flags.max_length, flags.max_prompt_length, config.max_position_embeddings
+    for text in show_pairs(flags.data, flags.show, tokenizer, config.vocab_size, *lengths):
+        print(f"\n{text}")

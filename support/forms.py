@@ -151,6 +151,9 @@ def example_of(row: object) -> Example:
     if not isinstance(row, dict):
         raise BadRow("not an object", f"got {row!r:.60}; expected an object with prompt, chosen and rejected")
     form, parts = parts_of(row)
+    for name in row:  # it would change what the model sees, under a name that nobody reads
+        if name.lower().startswith("system") and name != "system" and not is_empty(row[name]):
+            raise BadRow("unread system text", f"{name} is {row[name]!r:.60}; rename it to system, or remove it")
     given = {name: row[name] for name in CONTEXT if not is_empty(row.get(name))}
     if given and form != "messages":
         remedy = 'write the prompt as messages, [{"role": "user", "content": "…"}], so that the chat template is used'

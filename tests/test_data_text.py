@@ -1117,6 +1117,7 @@ def test_tools_and_kwargs_reach_the_template(with_template, tmp_path, tools, kwa
     [
         ({"system": 3}, "unusable system: system is 3"),
         ({"system": [SYSTEM]}, "unusable system"),
+        ({"system_prompt": "Be long."}, "unread system text: system_prompt is 'Be long.'; rename it to system"),
         ({"system": "Be long.", "prompt": [SYSTEM, user("Hi")]}, "two system messages: system is 'Be long.'"),
         ({"tools": "add"}, "unusable tools: .*no JSON"),
         ({"tools": {"name": "add"}}, "unusable tools: .*expected a list of objects"),
