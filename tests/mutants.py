@@ -208,7 +208,7 @@ MUTANTS = [
              "cos, sin = rope(self.config, torch.arange(positions.shape[1])[None, -T:].expand(positions[:, -T:].shape))"),
             ("gate and up swapped", "lambda gate, up: self.down_proj(F.silu(gate) * up)", "lambda up, gate: self.down_proj(F.silu(gate) * up)"),
             ("a matmul done again in backward", "lambda gate, up: self.down_proj(F.silu(gate) * up)",
-             "lambda gate, up: self.down_proj(F.silu(gate) * up) * 1"),
+             "lambda gate, up: self.down_proj(F.silu(gate) * up).clamp(-1e9)"),
             ("biases drawn at random", "std=0.0 if name.endswith(\"bias\") else 0.02", "std=0.02"),
             ("earlier keys forgotten", "if cache:  #", "if False:  #"),
             ("temperature ignored", "((logits - best) / temperature)", "(logits - best)"),
