@@ -65,23 +65,23 @@ def reward_against_kl(axes: Axes, runs: dict[str, list[torch.Tensor]]) -> dict[s
 def frontier(figure: Figure) -> None:
     axes = figure.subplots()
     found = reward_against_kl(axes, {"DPO": path(0.0)[1], "ε-DPO, ε 0.01": path(0.01)[1]})
-    for (name, points), color, side in zip(found.items(), (BLUE, ORANGE), (6, -14)):
+    for (name, points), color, above in zip(found.items(), (BLUE, ORANGE), (6, -14)):
         axes.plot(*points, ".-", color=color, linewidth=1, label=name)
-        for i in (2, 6, 10, 16):
-            axes.annotate(f"{16 * i}", points[:, i], (0, side), color=color, textcoords="offset points", ha="center")
+        for step, y in ((32, above), (96, -14), (256, above)):
+            place = {"xytext": (0, y), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{step}", points[:, step // 16], color=color, **place)
     axes.legend(loc="lower right", title="numbers: optimizer steps")
 
 
 def toy_run(figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
-    ends = {"DPO": path(0.0)[1][-1:], "ε-DPO": path(0.01)[1][-1:], "reference": path(0.01)[1][:1]}
-    ends["optimum at β 0.5"] = [toy.optimum(problem().ref_logp, problem().world.reward, 0.5)]
-    for (name, point), color in zip(reward_against_kl(left, ends).items(), (BLUE, ORANGE, "black", GREY)):
+    best = toy.optimum(problem().ref_logp, problem().world.reward, 0.5)
+    ends = {"reference": problem().ref_logp, "DPO": path(0.0)[1][-1], "ε-DPO": path(0.01)[1][-1], "π* at β 0.5": best}
+    points = reward_against_kl(left, {name: [logp] for name, logp in ends.items()})
+    for (name, point), color, y in zip(points.items(), ("black", BLUE, ORANGE, GREY), (-3, -12, -12, -12)):
         left.plot(*point, "o", color=color)
-        above = name.startswith("optimum")
-        where = {"xytext": (0, 8), "ha": "right"} if above else {"xytext": (8, -12), "ha": "left"}
-        left.annotate(name, point[:, 0], color=color, textcoords="offset points", **where)
-    left.annotate("best possible at this KL", (0.35, 0.62), color=GREY)
+        left.annotate(name, point[:, 0], (8, y), color=color, textcoords="offset points")
+    left.annotate("best possible at each KL", (0.02, 1.25), color=GREY)
     for name, epsilon, color in (("DPO", 0.0, BLUE), ("ε-DPO, ε 0.01", 0.01, ORANGE)):
         right.plot([line["beta"] for line in path(epsilon)[0]], color=color, label=name)
     right.set(xlabel="optimizer step", ylabel="β", ylim=(0, 0.55))
