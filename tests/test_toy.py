@@ -381,6 +381,8 @@ def test_numbers_are_those_of_the_definitions(seed, beta):
     assert found.kl == pytest.approx((p * np.log(p / q)).sum() / 2, **close)
     assert found.win_rate == pytest.approx(wins.mean(), **close)
     assert toy.optimum(ref_logp, reward, beta).exp().numpy() == pytest.approx(tilted, **close)
+    start, best = (q * r).sum() / 2, float(toy.frontier(ref_logp, reward, found.kl))
+    assert found.share == pytest.approx((found.reward - start) / (best - start), **close)
 
 
 @given(seeds)
@@ -426,14 +428,13 @@ def test_both_ends_of_the_frontier():
     assert worst.share < 0 and worst.win_rate < 0.5
 
 
-def test_table():
-    ref_logp, reward = random_logps(0), random_reward(0)
-    logps = {"reference": ref_logp, "π*": toy.optimum(ref_logp, reward, 0.5)}
-    text = toy.table({name: toy.report(logp, ref_logp, reward, 0.5) for name, logp in logps.items()})
-    head, first, second = text.splitlines()
-    assert len(head) == len(first) == len(second)
-    assert first.split()[:5] == ["reference", f"{toy.mean_reward(ref_logp, reward):.3f}", "0.000", "0.500", "-"]
-    assert second.split()[0] == "π*" and "100.0 %" in second and "nan" not in text
+def test_table_shows_the_numbers_in_the_order_of_its_head():
+    numbers = {"reference": (0.1, 0.0, 0.5, math.nan, 0.1, 1.22), "π*": (1.29, 1.1344, 0.8376, 0.89249, 0.7228, 0.0)}
+    lines = toy.table({name: toy.Exact(*row) for name, row in numbers.items()}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("  ")[-1] == "KL to optimum" and "E[reward]      KL to ref       win rate" in lines[0]
+    assert lines[1].split() == ["reference", "0.100", "0.000", "0.500", "-", "0.100", "1.220"]
+    assert lines[2].split() == ["π*", "1.290", "1.134", "0.838", "89.2", "%", "0.723", "0.000"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
