@@ -467,6 +467,11 @@ def write_outputs(folder: Path) -> None:
     TUTORIAL.write_text("".join(lines), "utf-8")
 
 
+def located(stop: re.Match) -> str:
+    """Where the debugger stopped, in one line: the function, and … for the path and for what it returns."""
+    return f"> …{stop[1]}{'…' if stop[2] else ''} -> "
+
+
 def write_session(folder: Path) -> None:
     """Put the debugger's answers into the tutorial; … for paths and numbers of lines."""
     start, commands, _ = session()
@@ -479,7 +484,7 @@ def write_session(folder: Path) -> None:
         if not inside or line.startswith(("```", "$ ")):
             lines.append(line)
         elif line.startswith("(Pdb) "):
-            answer = re.sub(r"> \S*\(\d+\)(\w+\(\))(->.*)?\n-> ", r"> …\1 -> ", next(answers))
+            answer = re.sub(r"> \S*\(\d+\)(\w+\(\))(?:(->).*)?\n-> ", located, next(answers))
             answer = re.sub(r"\S*/(\w+\.py):\d+", r"…\1:…", answer).replace("--Return--\n", "--Return-- ")
             shortened = (part if len(part) <= 88 else f"{part[:87]}…" for part in answer.splitlines() if part)
             lines += [line, *(f"{part}\n" for part in shortened)]
