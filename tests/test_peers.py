@@ -20,7 +20,7 @@ from experiments import peers
 from model import GPT
 from support import toy
 from support.rows import Pair, collate
-from train import Flags, compare, train
+from train import Flags, score_pairs, train
 
 PAIRS = [
     Pair(*(np.array(ids) for ids in row))
@@ -45,7 +45,7 @@ def models():
 @pytest.fixture
 def sums(models):
     batch = collate(PAIRS)
-    return *compare(*models, batch, 0.01, "float32"), batch
+    return *score_pairs(*models, batch, 0.01, "float32"), batch
 
 
 def stats(logps, ref_logps):
@@ -109,7 +109,7 @@ def test_dpo_and_ipo_are_trls(models, kind, of_trl, beta):
     trainer = trl_class("trl.trainer.dpo_trainer", "DPOTrainer")
     pairs = [p._replace(chosen=p.chosen[:1], rejected=p.rejected[:1]) for p in PAIRS] if kind == "ipo" else PAIRS
     batch = collate(pairs)
-    ours = peers.Peer(beta, kind).loss(*compare(*models, batch, 0.0, "float32"), batch)
+    ours = peers.Peer(beta, kind).loss(*score_pairs(*models, batch, 0.0, "float32"), batch)
     ids, mask = one_row_a_response(pairs)
     fake = trl_self(beta=beta, loss_types=[of_trl], f_divergence_type="reverse_kl", ref_model=trl_model(models[1]))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
@@ -123,7 +123,7 @@ def test_kto_is_trls_kl_rows_and_all(models, swapped):
     trainer = trl_class("trl.trainer.kto_trainer", "KTOTrainer")
     models, batch = models[::-1] if swapped else models, collate(PAIRS)
     method = peers.KTO(0.3, policy=models[0], reference=models[1])
-    ours = method.loss(*compare(*models, batch, 0.0, "float32"), batch)
+    ours = method.loss(*score_pairs(*models, batch, 0.0, "float32"), batch)
     ids, mask = one_row_a_response(PAIRS)
     moved = [p._replace(chosen=q.chosen, rejected=q.rejected) for p, q in zip(PAIRS, PAIRS[1:] + PAIRS[:1])]
     kl_ids, kl_mask = one_row_a_response(moved)
