@@ -33,8 +33,6 @@ PORTING NOTES (for a port to another framework or language)
   no precision stated                   whatever the logits have (bf16)          increments, float32 logits or better
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -42,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 1 << 18  # logits handled at a time on a CPU, so that a tile and its temporaries stay in the cache
+TILE = 1 << 19  # logits handled at a time on a CPU, so that a tile and its temporaries stay in the cache
 FLOAT64_FROM = 4.0  # tokens with max|u| from here on are computed in float64: moments are not exact enough there
 
 
@@ -115,9 +113,8 @@ def token_stats(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, epsil
     Raises ValueError if shapes or dtypes do not fit, a label or ε_c is out of range, or a logit is not finite.
     """
     _check_logits(policy_logits, ref_logits, labels, epsilon_check)
-    vocab = policy_logits.shape[-1]
     dtype = _common_dtype(policy_logits, ref_logits)
-    f, f_ref = (logits.to(dtype).reshape(-1, vocab) for logits in (policy_logits, ref_logits))  # (M, V)
+    f, f_ref = (x.to(dtype).reshape(-1, x.shape[-1]) for x in (policy_logits, ref_logits))  # (M, V)
     stats = _chunk_stats(f.detach(), f_ref.detach(), labels.reshape(-1), epsilon_check)
     _check_finite(stats)
     logp = f.log_softmax(-1).gather(-1, labels.reshape(-1, 1)).squeeze(-1)
