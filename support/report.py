@@ -26,7 +26,7 @@ class Lines:
         pass
 
 
-def progress_bar(items: Iterable, name: str, unit: str, shown: bool = True, **more: object) -> tqdm:
+def progress_bar(items: Iterable | None, name: str, unit: str, shown: bool = True, **more: object) -> tqdm:
     """A bar on the terminal; elsewhere a line at the start, every 30 seconds and at the end. Process 0 shows it."""
     more |= {"unit": unit, "disable": not shown or rank_and_world()[0] != 0}
     if not sys.stderr.isatty():

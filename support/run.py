@@ -159,9 +159,6 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Save the last finished step if the run was stopped, and add to an error how the run can be continued."""
-        if self.bar is not None:
-            self.bar.n = self.done
-            self.bar.close()
         try:
             if isinstance(error, Stopped) and self.out and self.done > self.saved:
                 self.save()
@@ -197,8 +194,8 @@ class Run:
 
     def progress(self, steps: int) -> Iterator[int]:
         """The steps that are still to do, 0-based, with a bar."""
-        with progress_bar(range(self.done, steps), "train", "step", initial=self.done, total=steps) as self.bar:
-            for step in self.bar:
+        with progress_bar(None, "train", "step", initial=self.done, total=steps) as self.bar:
+            for step in range(self.done, steps):
                 self.step = step + 1
                 yield step
 
@@ -222,6 +219,7 @@ class Run:
         if "loss" in line:
             self.done = step
             self.bar.set_postfix_str(step_line(line), refresh=False)
+            self.bar.update()
             self._warn(line)
         else:
             say(eval_line(self.lines[-1]))
