@@ -55,13 +55,13 @@ class Flags:
     eval_data: tuple[str, ...] = flag((), "held-out preference files, instead of --eval-size", needs="model")
     eval_size: int = flag(128, "how many pairs of --data to hold out, at most a third of them", "[0, inf)")
     out: str = flag("", "folder for metrics, checkpoint and final model; the toy's is out/toy if none is given")
-    beta: float = flag(OfJob(0.5, 0.01), "β at the start, the KL penalty", "(0, inf)")
+    beta: float = flag(OfJob(toy=0.5, real=0.01), "β at the start, the KL penalty", "(0, inf)")
     epsilon: float = flag(0.01, EPSILON_HELP, "[0, 0.5]")
     epsilon_check: float = flag(Like("epsilon"), "ε_c, how far the check perturbs β", "[0, 1)")
     epsilon_step: float = flag(Like("epsilon"), "ε_s, how far a step moves β; 0 is plain DPO", "[0, 0.5]")
-    lr: float = flag(OfJob(1e-3, 7e-7), "peak learning rate: linear warm-up, then a cosine to zero", "(0, inf)")
+    lr: float = flag(OfJob(toy=1e-3, real=7e-7), "peak learning rate: linear warm-up, then cosine", "(0, inf)")
     warmup: float = flag(0.1, "fraction of the steps that warm up", "[0, 1]")
-    batch_size: int = flag(OfJob(64, 128), "pairs in one optimizer step, over all processes", "[1, inf)")
+    batch_size: int = flag(OfJob(toy=64, real=128), "pairs in one optimizer step, over all processes", "[1, inf)")
     epochs: int = flag(1, "passes over the data", "[1, inf)")
     steps: int | None = flag(None, "optimizer steps, instead of --epochs", "[1, inf)")
     micro_tokens: int = flag(2048, "tokens in one forward pass of one process; fewer need less memory", "[1, inf)")
@@ -79,7 +79,7 @@ class Flags:
     save_every: int = flag(0, "write a checkpoint every N steps and at the end, for --resume", "[0, inf)")
     resume: bool = flag(False, "continue the run in --out, with the same flags; --data is not needed again")
     overwrite: bool = flag(False, "replace the run in --out")
-    samples: int = flag(2, "how many held-out prompts to answer before and after training", "[0, inf)", "model")
+    samples: int = flag(2, "held-out prompts to answer before and after training", "[0, inf)", needs="model")
     show: int = flag(0, "print N pairs as the model sees them, and stop", "[0, inf)", needs="data")
     given: frozenset[str] = frozenset()  # the flags that the command line sets
 
@@ -106,7 +106,7 @@ class Flags:
 
 @dataclass
 class EpsDPO:
-    """What the loop asks of a method: a loss of pairs, and what changes after a step. Its fields are all its state."""
+    """What the loop asks of a method: a loss of pairs, and what changes after a step. A checkpoint saves its fields."""
 
     beta: float
     epsilon_check: float
@@ -116,7 +116,7 @@ class EpsDPO:
         return epsdpo_loss(chosen, rejected, self.beta, self.epsilon_step)
 
     def after_step(self, sums: dict[str, float], policy: GPT, reference: GPT) -> None:
-        """`sums` are over all pairs of the step, in every micro-batch and process; all of them used the old β."""
+        """β ← mean of β̃ over all pairs of the step. The models are for methods that need them."""
         counts = (int(sums[f"steps/{name}"]) for name in ("lower", "keep", "raise"))
         self.beta = next_beta(self.beta, *counts, self.epsilon_step)
 
@@ -129,17 +129,17 @@ def score_pairs(
 ) -> tuple[TokenStats, TokenStats]:
     """Sums (B,) over the chosen and over the rejected responses: one forward pass of each model, whatever ε is.
 
-    dtype: of the matmuls in the bodies ("float32", or 16 bits by autocast). Heads and decisions are float32.
+    dtype: of the matmuls in the layers ("float32", or 16 bits by autocast). Heads and decisions are float32.
     """
-    where = (batch.tokens, batch.positions, batch.segments, batch.source)
+    inputs = (batch.tokens, batch.positions, batch.segments, batch.source)
     with autocast(dtype, batch.tokens.device):
         with torch.no_grad():
-            ref_hidden, ref_weight = reference(*where, lambda hidden, weight: (hidden, weight))  # (M, D), (V, D)
+            ref_hidden, ref_weight = reference(*inputs, lambda hidden, weight: (hidden, weight))  # (M, D), (V, D)
 
         def head(hidden: Tensor, weight: Tensor) -> TokenStats:
             return linear_token_stats(hidden, weight, ref_hidden, ref_weight, batch.label, epsilon_check)
 
-        tokens = policy(*where, head)  # numbers per token, (M,)
+        tokens = policy(*inputs, head)  # numbers per token, (M,)
     pairs = len(batch.tokens)
     sums = sum_over_responses(tokens, batch.owner, 2 * pairs)  # (2B,), the chosen ones first
     return TokenStats(*(x[:pairs] for x in sums)), TokenStats(*(x[pairs:] for x in sums))
@@ -163,7 +163,7 @@ def totals(out: EpsDPOLoss, chosen: TokenStats, rejected: TokenStats, batch: Bat
         "steps/lower": (out.step > 0).sum(),
         "steps/keep": (out.step == 0).sum(),
         "steps/raise": (out.step < 0).sum(),
-        "margin_squares": ((beta * out.margin) ** 2).sum(),
+        "margin_squares": ((beta * out.margin) ** 2).sum(),  # for the standard error in `evaluate`
     }
 
 
@@ -182,7 +182,7 @@ def run_batch(
     for pairs in groups:
         batch = collate(pairs).to(policy.lm_head.weight.device)
         try:
-            chosen, rejected = score_pairs(policy, reference, batch, flags.epsilon_check, flags.dtype)
+            chosen, rejected = score_pairs(policy, reference, batch, method.epsilon_check, flags.dtype)
             out = method.loss(chosen, rejected, batch)
         except ValueError as e:
             raise ValueError(f"{places(pairs)}: {e}") from e
@@ -203,12 +203,12 @@ def train_step(
     """
     started, beta = time.perf_counter(), method.beta
     micro_batches = my_micro_batches(batch, flags.micro_tokens)
-    for scale in loss_scales(flags.dtype, len(batch) / beta):  # one, but for float16
+    for scale in loss_scales(flags.dtype, len(batch) / beta):  # [1.0]; float16 tries smaller ones if one overflows
+        optimizer.zero_grad()
         sums, _ = run_batch(policy, reference, micro_batches, len(batch), method, flags, scale)
         norm = clip_gradient(policy, flags.clip, scale)
-        if math.isfinite(norm) or not math.isfinite(sums["loss"]):
+        if math.isfinite(norm) or not math.isfinite(sums["loss"]):  # another scale would not change the loss
             break
-        optimizer.zero_grad()  # it overflowed: try a smaller scale
     if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
         hint = " (float16 overflows above 65504)" if flags.dtype == "float16" else ""
         loss = sums["loss"] / len(batch)
@@ -245,7 +245,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over held-out pairs (at least one), and the standard errors of accuracy and margin.
 
-    Under 16 bits also the share of decisions, on at most 128 pairs, that float32 bodies would make too. `run` shows a
+    Under 16 bits also the share of decisions, on at most 128 pairs, that float32 layers would make too. `run` shows a
     bar and can stop the evaluation between two micro-batches.
     """
     n = len(pairs)
@@ -255,10 +255,10 @@ def evaluate(
         watched = run.watch(micro_batches) if run else micro_batches
         return run_batch(policy, reference, watched, len(some), method, dataclasses.replace(flags, dtype=dtype))
 
-    moved, has_weights = run is None or run.done > 0, not isinstance(reference, CachedReference)
-    compare = flags.dtype != "float32" and flags.epsilon_check > 0 and moved and has_weights
-    compared = pairs[: 128 if compare else n]
-    scored = [score(some, flags.dtype) for some in (compared, pairs[len(compared) :]) if some]
+    has_moved, has_model = run is None or run.done > 0, not isinstance(reference, CachedReference)
+    compare = flags.dtype != "float32" and method.epsilon_check > 0 and has_moved and has_model
+    compared, rest = (pairs[:128], pairs[128:]) if compare else (pairs, [])
+    scored = [score(some, flags.dtype) for some in (compared, rest) if some]
     means = {name: sum(sums[name] for sums, _ in scored) / n for name in scored[0][0]}
     accuracy, variance = means["rewards/accuracies"], means.pop("margin_squares") - means["rewards/margins"] ** 2
     means["rewards/accuracies_se"] = math.sqrt(accuracy * (1 - accuracy) / n)
@@ -307,10 +307,11 @@ def train(
         for step in run.progress(steps):
             epoch, place = divmod(step, per_epoch)
             order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
-            batch, last = [pairs[i] for i in order], step + 1 == steps
+            batch = [pairs[i] for i in order]
             line = train_step(policy, reference, batch, method, optimizer, learning_rate(step, steps, flags), flags)
             run.log(step + 1, {"epoch": (step + 1) / per_epoch} | line | device.memory_gb(run.device))
             evaluate_if_due()
+            last = step + 1 == steps
             if run.must_save(last):
                 run.save()
             run.stop_if_asked(last)
@@ -333,6 +334,7 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
     policy, plain = copy.deepcopy(problem.reference), copy.deepcopy(problem.reference)
     lines = train(policy, problem.reference, problem.pairs, flags, eval_pairs=problem.eval_pairs, run=run)
     run.finish()
+    print("now plain DPO on the same pairs, for comparison", flush=True)
     train(plain, problem.reference, problem.pairs, dataclasses.replace(flags, epsilon_step=0.0))
     logps = {name: problem.world.list_logps(model, where) for name, model in (("ε-DPO", policy), ("DPO", plain))}
     betas = [line["beta"] for line in lines if "beta" in line]
@@ -341,7 +343,8 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
 
 def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
-    config, folder, one_process = read_config(flags.model), Path(flags.model), rank_and_world()[1] == 1
+    config, folder = read_config(flags.model), Path(flags.model)
+    one_process = rank_and_world()[1] == 1
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     if flags.show:
         check_model(folder)  # a folder that cannot train should not pass here
@@ -373,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def program() -> None:
-        flags = parse_flags(Flags, __doc__.split("\n\nThe file")[0], argv)
+        flags = parse_flags(Flags, (__doc__ or "").split("\n\nThe file")[0], argv)
         with device.start(flags.device) as where:
             job = checkpoint_job if flags.model else toy_job
             job(flags, where, resume_command(argv))

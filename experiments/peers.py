@@ -70,6 +70,7 @@ class Peer:
     beta: float
     kind: str = "dpo"
     extra: float = 0.0
+    epsilon_check = 0.0  # no check; not a field, so not a state
 
     def loss(self, chosen: TokenStats, rejected: TokenStats, batch: Batch) -> EpsDPOLoss:
         margin, size = torch.sub(*log_ratios(chosen, rejected)), len(chosen.logp)

@@ -45,7 +45,7 @@ def clip_gradient(model: GPT, largest: float, scale: float) -> float:
 def memory_gb(device: torch.device) -> dict[str, float]:
     """The peak so far, as a field of the log: the device's on a GPU, else the process's. Windows cannot tell."""
     if device.type == "cuda":
-        return {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+        return {"memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
     try:
         import resource
     except ImportError:
@@ -88,12 +88,14 @@ def start(name: str) -> Iterator[torch.device]:
             raise ValueError(
                 f"FSDP2 of torch {torch.__version__} needs GPUs; use one process, or a newer torch for several on a CPU"
             )
+        if ":" in device:
+            raise ValueError(f"--device {name}: with several processes each takes its own GPU; use --device cuda")
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         if rank_and_world()[0] != 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         yield torch.device(device)
     finally:

@@ -93,9 +93,9 @@ def read_json(path: str | os.PathLike) -> dict:
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write beside `path`, flush, move over it: `path` is at every moment the old file or the whole new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")  # pids repeat between machines
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

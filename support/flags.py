@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line instead of the whole usage, with the flag that was probably meant."""
         known = [name for action in self._actions for name in action.option_strings]
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        wrong = (message.removeprefix("unrecognized arguments: ").split() or [""])[0].split("=")[0]
         near = [name for name in known if name.startswith(wrong)]
         near = near or difflib.get_close_matches(wrong.replace("_", "-"), known, 1)
         meant = wrong.startswith("--") and wrong not in known and near

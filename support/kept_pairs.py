@@ -15,12 +15,13 @@ from support.files import replace_file, require
 from support.rows import Pair
 
 DATA_FLAGS = ("data", "eval_data", "eval_size", "max_length", "max_prompt_length", "skip_bad_rows")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def made_by(flags: object, names: Iterable[str]) -> dict[str, object]:
-    """Of the data flags, those of `names`; a file by its size and a hash of all its bytes, wherever it is."""
+    """The tokenizer and, of the data flags, those of `names`; a file by its size and a hash of all its bytes."""
 
-    def describe(file: str) -> str:
+    def describe(file: str | Path) -> str:
         content = hashlib.sha256()
         with open(file, "rb") as f:
             for block in iter(lambda: f.read(1 << 20), b""):
@@ -28,7 +29,9 @@ def made_by(flags: object, names: Iterable[str]) -> dict[str, object]:
         return f"{os.path.getsize(file)} bytes with sha256 {content.hexdigest()[:16]}"
 
     made = {name: getattr(flags, name) for name in DATA_FLAGS if name in names}
-    return {name: [describe(x) for x in value] if name.endswith("data") else value for name, value in made.items()}
+    made |= {name: [describe(x) for x in value] for name, value in made.items() if name.endswith("data")}
+    tokenizer = [Path(flags.model) / name for name in TOKENIZER_FILES] if flags.model else []
+    return made | {"tokenizer": [describe(file) for file in tokenizer if file.exists()]}
 
 
 def pairs_file_size(pairs: Sequence[Pair]) -> int:
@@ -68,6 +71,8 @@ def load_pairs_file(path: Path, vocab_size: int) -> tuple[list[Pair], list[Pair]
         columns = zip(parts[::3], parts[1::3], parts[2::3], place, line, cut)
         every = [Pair(p, c, r, files[i], int(row), tuple(map(int, gone))) for p, c, r, i, row, gone in columns]
         require(0 < to_train_on <= n, f"it has {n} pairs, {to_train_on} to train on")
+    except (MemoryError, FileNotFoundError, PermissionError):
+        raise
     except Exception as e:  # numpy and zipfile fail in many ways on what is no such file
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}); start again with --overwrite and --data") from e

@@ -90,7 +90,7 @@ def draw(lines: list[dict[str, float]], path: Path) -> bool:
     figure = Figure(figsize=(18, 3), layout="constrained")
     for axes, names in zip(figure.subplots(1, len(panels)), panels):
         for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
+            points = [(line["step"], line[name]) for line in lines if name in line] or [(0, math.nan)]
             axes.plot(*zip(*points), label=name, linewidth=1, marker="o" if len(points) < 10 else "")
         axes.set_xlabel("optimizer step")
         axes.legend(frameon=False)
@@ -107,7 +107,7 @@ def forecast(
     steps = flags.steps or flags.epochs * epoch
     tokens = [sum(map(len, pair[:3])) for pair in pairs]
     seen = sum(tokens) / len(tokens) * pairs_seen(steps, len(pairs), flags.batch_size)
-    evaluations = len({step for step in range(steps + 1) if is_due(step, steps, flags.eval_every)}) if eval_pairs else 0
+    evaluations = 1 + math.ceil(steps / (flags.eval_every or steps)) if eval_pairs else 0  # see is_due
     # In numbers of 4 bytes: the policy's weights, gradient and two moments; the reference (of a cached one the output
     # matrix); two gradients of a table on their way to it; with more than one process embeddings and heads whole
     # (policy's, gradient, reference's); what backward needs; a chunk of the head.

@@ -38,6 +38,10 @@ FREE_ON_RESUME = ("model", "out", "device", "micro_tokens", "eval_every", "save_
 FREE_ON_RESUME += ("overwrite", "gradient_checkpointing", "given")
 
 
+# What says nothing about a file's contents.
+NOT_DAMAGE = (MemoryError, torch.OutOfMemoryError, FileNotFoundError, PermissionError)
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM has ended the run at a place where it can be continued."""
 
@@ -61,10 +65,10 @@ class Run:
         self.file = self.bar = None
         self.made_by: dict | None = None  # what made the kept pairs, if the run continues with them
         self.writes = rank_and_world()[0] == 0  # one process writes; the others may not even see the folder
-        found = [name for name in RESULTS if (out / name).exists()] if out and flags.resume else []
+        found = [name for name in ("flags.json", *RESULTS) if (out / name).exists()] if out and flags.resume else []
         found = from_process_0(found)
         self.resumes, self.has_pairs = "checkpoint.pt" in found, "pairs.npz" in found
-        self.finished = "model" in found
+        self.finished = {"flags.json", "model"} <= set(found)
         if out and self.writes:
             self._claim()
         if self.finished:
@@ -75,11 +79,17 @@ class Run:
         for path in filter(None, (flags.model, flags.cache_reference, *flags.data, *flags.eval_data)):
             if any(Path(path).resolve().is_relative_to((out / name).resolve()) for name in RESULTS):
                 raise ValueError(f"--out {out}: this run would replace {path}, which it reads; choose another folder")
-        if self.finished:
-            return
         with contextlib.suppress(OSError, ValueError, TypeError):
             before = dict(json.loads((out / "flags.json").read_text()))
+        if self.finished:
+            if differ := differences(numbers_of(before), numbers_of(vars(flags))):
+                raise ValueError(f"the finished run in {out} had other flags: {differ}; --overwrite replaces it")
+            return
         held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
+        if held and "flags.json" not in held:
+            raise ValueError(
+                f"--out {out}: {', '.join(held)} there are no run's (no flags.json); choose another folder"
+            )
         toy_again = not flags.out and before.get("model") == ""  # in the toy's own folder: it replaces an earlier toy
         if held and not (flags.resume or flags.overwrite or toy_again):
             raise ValueError(
@@ -142,11 +152,11 @@ class Run:
         for name in () if self.resumes else RESULTS:
             if name != "pairs.npz" or not self.made_by:
                 remove(out / name)
-        if self.flags.model and not self.made_by:
-            save_pairs_file(out / "pairs.npz", pairs, eval_pairs, made_by(self.flags, DATA_FLAGS))
-        if not (self.resumes and (out / "flags.json").exists()):
+        if not (self.resumes and (out / "flags.json").exists()):  # first, because it marks a folder as a run's
             text = json.dumps(dataclasses.asdict(self.flags), indent=2, default=sorted)
             replace_file(out / "flags.json", lambda f: f.write(text.encode()))
+        if self.flags.model and not self.made_by:
+            save_pairs_file(out / "pairs.npz", pairs, eval_pairs, made_by(self.flags, DATA_FLAGS))
         replace_file(out / "metrics.jsonl", lambda f: f.writelines(json.dumps(x).encode() + b"\n" for x in self.lines))
         self.file = open(out / "metrics.jsonl", "a", encoding="utf-8")
 
@@ -244,7 +254,7 @@ class Run:
         if not self.out:
             return False
         every = self.flags.save_every
-        return self.stopping or bool(every) and (last or self.done % every == 0)
+        return self.stopping and not last or bool(every) and (last or self.done % every == 0)
 
     def stop_if_asked(self, last: bool) -> None:
         if self.stopping and not last:
@@ -302,6 +312,12 @@ def differences(there: dict, here: dict) -> str:
     )
 
 
+def numbers_of(flags: dict) -> dict[str, str]:
+    """The flags that change the numbers of a run, but for those that `pairs.npz` answers for."""
+    values = {name: str(x) for name, x in flags.items() if name not in (*FREE_ON_RESUME, *DATA_FLAGS)}
+    return values | {"cache_reference": str(bool(flags.get("cache_reference")))}  # where the file is changes no number
+
+
 def fingerprint(flags: object, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]) -> dict[str, str]:
     """What a checkpoint belongs to: the flags that matter, hashes of all token ids and of the first model's files."""
     files, folder = hashlib.sha256(), Path(flags.model)
@@ -310,12 +326,9 @@ def fingerprint(flags: object, pairs: Sequence[Pair], eval_pairs: Sequence[Pair]
             files.update(path.stat().st_size.to_bytes(8, "little") + f.read(1 << 20))
             f.seek(max(0, path.stat().st_size - (1 << 20)))
             files.update(f.read())
-    free = (*FREE_ON_RESUME, *DATA_FLAGS)
-    values = {f.name: str(getattr(flags, f.name)) for f in dataclasses.fields(flags) if f.name not in free}
-    values["cache_reference"] = str(bool(flags.cache_reference))  # where the file is changes no number
     hashes = {"the training pairs": ids_hash(pairs), "the held-out pairs": ids_hash(eval_pairs)}
     hashes["the model"] = files.hexdigest()
-    return values | {name: f"sha256 {value[:16]}" for name, value in hashes.items()}
+    return numbers_of(vars(flags)) | {name: f"sha256 {value[:16]}" for name, value in hashes.items()}
 
 
 def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, str]) -> tuple[int, list]:
@@ -324,7 +337,7 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, s
     try:
         if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch itself does not look at the checksums
             raise ValueError(f"{broken} in it is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         differ = differences(state["fingerprint"], mine)
         if not differ:
             step, of_method, lines = state["step"], dict(state["method"]), json.loads(state["metrics"])
@@ -334,6 +347,8 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, s
             set_state_dict(
                 policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=GATHERED_ON_CPU
             )
+    except NOT_DAMAGE:
+        raise
     except Exception as e:  # torch.load fails in many ways on what is no checkpoint
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a checkpoint of this program: {reason}") from e

@@ -78,8 +78,8 @@ def test_the_peak_of_this_process_is_what_the_kernel_says():
 
 
 def test_the_peak_of_a_gpu_is_that_of_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_500_000_000)
-    assert device.memory_gb(torch.device("cuda")) == {"memory_gb": 2.5}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: 2_500_000_000 * (1 + where.index))
+    assert device.memory_gb(torch.device("cuda:1")) == {"memory_gb": 5.0}
 
 
 def test_another_malloc_is_left_alone(monkeypatch):

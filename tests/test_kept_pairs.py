@@ -126,7 +126,7 @@ def test_ids_outside_the_vocabulary_are_an_error_that_names_both(wrong, tmp_path
 def test_a_file_is_known_by_its_content(tmp_path):
     def made(data: bytes, name: str = "x") -> dict:
         (tmp_path / name).write_bytes(data)
-        return made_by(SimpleNamespace(data=(str(tmp_path / name),), eval_size=3), ("data", "eval_size", "lr"))
+        return made_by(SimpleNamespace(data=(str(tmp_path / name),), eval_size=3, model=""), ("data", "eval_size", "lr"))
 
     assert made(b"abc") == made(b"abc", "y") and made(b"abc")["eval_size"] == 3
     long = bytes(3 << 20)
@@ -368,3 +368,20 @@ def test_a_resumed_run_keeps_its_date(chat, monkeypatch, capsys):
     assert train.main([*argv, "--overwrite"]) == 0
     assert days("out") == {8}
     assert read_metrics(chat / "out") != read_metrics(chat / "whole")  # the date matters
+
+
+def test_pairs_of_another_tokenizer_are_not_trained_on(folder, tmp_path, capsys):
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    argv = argv_of(folder, out, "--steps", 2)
+    argv[argv.index("--model") + 1] = str(model)
+    assert train.main(argv) == 0
+    shutil.rmtree(out / "model")  # as if it had been killed before its first checkpoint
+    (model / "chat_template.jinja").write_text("another")
+    code, said = ended([*argv, "--resume"], capsys)
+    assert code == 2 and "tokenizer was [] there" in said
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_pairs_file(tmp_path / "pairs.npz", 9)

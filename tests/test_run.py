@@ -78,7 +78,27 @@ def test_the_toy_does_not_delete_what_is_not_a_run_of_its_own(quick_toy, capsys)
     (quick_toy / "model" / "thesis.txt").write_text("years of work")
     code, said = ended(["--eval-size", "8", "--batch-size", "32", "--steps", "1"], capsys)
     assert (quick_toy / "model" / "thesis.txt").read_text() == "years of work"
-    assert code == 2 and "--overwrite" in said
+    assert code == 2 and "choose another folder" in said
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_folder_of_results_without_flags_json_is_no_run(flag, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "thesis.txt").write_text("years of work")
+    code, said = ended(argv_of(folder, out, "--steps", 1, flag), capsys)
+    assert code == 2 and "model" in said and "choose another folder" in said
+    assert snapshot(out) == {"model/thesis.txt": b"years of work"}
+
+
+def test_a_finished_run_is_not_taken_for_one_with_other_flags(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main(argv_of(folder, out, "--steps", 1)) == 0
+    before = snapshot(out)
+    assert ended(argv_of(folder, out, "--steps", 1, "--resume", "--eval-every", 1), capsys)[0] == 0
+    code, said = ended([*argv_of(folder, out, "--steps", 1, "--resume"), "--seed", "3"], capsys)
+    assert code == 2 and "seed was 0 there, is 3 here" in said and "--overwrite" in said
+    assert snapshot(out) == before
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys):

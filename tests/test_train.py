@@ -976,3 +976,20 @@ def test_a_frozen_policy_is_trained_all_the_same():
     before = copy.deepcopy(policy)
     train.train(policy.requires_grad_(False), reference, pairs_of(id_rows(4)), flags_of(steps=1))
     assert not same_bits(before, policy)
+
+
+def test_a_gradient_left_by_an_interrupted_step_is_not_added_to_the_next():
+    (policy, reference), pairs = two_models(), pairs_of(id_rows(4))
+    clean = copy.deepcopy(policy)
+    for p in policy.parameters():
+        p.grad = torch.full_like(p, 9.0)
+    for model in (policy, clean):
+        train.train(model, reference, pairs, flags_of(steps=1))
+    assert same_bits(policy, clean)
+
+
+def test_the_check_uses_the_method_s_own_epsilon():
+    (policy, reference), pairs = two_models(), pairs_of(id_rows(4))
+    wide = train.EpsDPO(0.1, 0.5, 0.05)
+    line = train.train(copy.deepcopy(policy), reference, pairs, flags_of(steps=1, epsilon_check=0.0), wide)[0]
+    assert line["steps/keep"] < 1  # with no check all pairs would be kept
