@@ -1057,7 +1057,7 @@ def test_every_supplied_chat_is_rendered_and_encoded_as_by_transformers(real):
     assert len(rows) == len(pairs) == 300 and not report.truncated
     for row, pair in zip(rows, pairs):
         head = theirs.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        assert real.render(row["prompt"], True) == head
+        assert real.render(row["prompt"], add_generation_prompt=True) == head
         assert pair.prompt.tolist() == theirs(head)["input_ids"]
         for answer, response in ((row["chosen"], pair.chosen), (row["rejected"], pair.rejected)):
             text = theirs.apply_chat_template(row["prompt"] + answer, tokenize=False)

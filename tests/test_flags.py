@@ -120,6 +120,13 @@ def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_pa
         (["--show", "3"], "--show also needs --data"),
         ([*REAL, "--max-length", "9", "--max-prompt-length", "9"], "--max-prompt-length must be below --max-length"),
         (["--eval-size", "1000001"], "--eval-size must be at most 1000000 for the toy"),
+        (["--steps", "2", "--epochs", "1"], "expected either --steps or --epochs, got both"),
+        ([*REAL, "--eval-data", "x", "--eval-size", "1"], "expected either --eval-data or --eval-size, got both"),
+        (["--eval-every", "2", "--eval-size", "0"], "--eval-every needs held-out pairs"),
+        (["--samples", "1"], "--samples also needs --model"),
+        (["--max-length", "9"], "--max-length also needs --model"),
+        (["--max-prompt-length", "9"], "--max-prompt-length also needs --model"),
+        (["--skip-bad-rows"], "--skip-bad-rows also needs --model"),
     ],
 )
 def test_flags_that_need_or_exclude_one_another_are_one_line(argv, expected, capsys, tmp_path, monkeypatch, no_jobs):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train
 from support.checkpoint import load_model, save_model
@@ -17,6 +19,7 @@ from tests.runs import (
     pairs_of,
     pretend,
     read_metrics,
+    same_bits,
     snapshot,
     steps_of,
     two_models,
@@ -95,6 +98,28 @@ def test_a_process_that_does_not_write_needs_no_folder(tmp_path, monkeypatch):
     flags = flags_of(steps=1, save_every=1)
     lines = train.train(*two_models(), pairs_of(id_rows(4)), flags, run=Run(tmp_path / "elsewhere", flags))
     assert [line["tokens"] for line in lines] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "save_every, steps, expected", [(5, 12, [5, 10, 12]), (4, 12, [4, 8, 12]), (99, 3, [3]), (0, 3, [])]
+)
+def test_the_last_step_is_saved_whatever_save_every_is(save_every, steps, expected, tmp_path, monkeypatch):
+    saved, save = [], Run.save
+
+    def note(self):
+        save(self)
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        saved.append((self.done, state["step"], len(json.loads(state["metrics"]))))
+
+    monkeypatch.setattr(Run, "save", note)
+    flags = flags_of(steps=steps, save_every=save_every)
+    policy, reference = two_models()
+    train.train(policy, reference, pairs_of(id_rows(8)), flags, run=Run(tmp_path, flags))
+    assert saved == [(step, step, step) for step in expected]
+    if expected:  # the state is that of the end
+        assert same_bits(
+            dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["weights"]), policy.state_dict()
+        )
 
 
 @pytest.mark.parametrize(
