@@ -75,6 +75,12 @@ def test_a_cache_belongs_to_its_pairs_model_and_dtype(tmp_path, monkeypatch):
         (other := copy.deepcopy(model)).model.layers[1].self_attn.o_proj.weight[0, 0] += 1e-3  # one in the middle
     theta = copy.deepcopy(model)
     theta.config = dataclasses.replace(theta.config, rope_theta=77.0)
+    longer = next(i for i, pair in enumerate(pairs) if len(pair.rejected) > 1)
+    moved = list(pairs)  # the same ids, cut elsewhere
+    moved[longer] = pairs[longer]._replace(
+        chosen=np.r_[pairs[longer].chosen, pairs[longer].rejected[:1]], rejected=pairs[longer].rejected[1:]
+    )
+    assert len(make(pairs=moved)) == 1
     for given in ({"pairs": pairs_of(id_rows(4, seed=1))}, {"model": other}, {"model": theta}, {"dtype": "bfloat16"}):
         assert len(make(**given)) == 1, given
     assert not make(micro_tokens=1) and not make(pairs=pairs[::-1])  # as when others of them are held out
