@@ -669,7 +669,10 @@ def test_held_out_pairs_and_others_do_not_change_places(folder, tmp_path, monkey
     monkeypatch.undo()
     before = snapshot(tmp_path / "out")
     code, said = ended([*argv, "--resume", "--data", first, "--eval-data", second, third], capsys)
-    assert code == 2 and "data" in said and snapshot(tmp_path / "out") == before
+    assert code == 2 and "eval_data was" in said and snapshot(tmp_path / "out") == before
+    (tmp_path / "out" / "pairs.npz").unlink()
+    code, said = ended([*argv, "--resume", "--data", first, second, third, "--eval-size", 9], capsys)
+    assert code == 2 and "checkpoint.pt" in said and "the held-out pairs was sha256" in said
 
 
 def test_models_are_told_apart_by_either_end_of_any_shard(folder, tmp_path):
