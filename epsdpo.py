@@ -19,13 +19,13 @@ PORTING NOTES (for a port to another framework or language)
   Port first   `token_stats_by_definition` (the method, ten lines), `beta_steps`, `epsdpo_loss`, `next_beta`.
   Port next    `token_stats`: the same numbers without cancellation. It makes steps right near the reference.
   Skip         `linear_token_stats` (it saves memory), the tiles (they save time).
-  What ports get wrong, and how it shows:
+  What ports get wrong                            what shows it
     three log-softmaxes subtracted in float32       steps near the reference are rounding: small logit differences
     logits in bf16 or fp16, or a head under autocast   the same, much earlier; casting up afterwards rescues nothing
     β per micro-batch, or a mean of means           next β of uneven splits differs from next β of the whole
     β̃ with gradient                                 the gradient differs from DPO's at β̃
     ε_c and ε_s mixed up; ε and −ε swapped           steps or β̃ differ once ε_c ≠ ε_s; every step has the other sign
-    a token mean for the sum over a response        a pair whose responses differ in length
+    a token mean instead of the response's sum      a pair whose responses differ in length
 
   Paper's text                          authors' code                            here
   one ε                                 one ε                                    ε_c in the check, ε_s in the step
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 1 << 19  # logits handled at a time on a CPU, so that a tile and its temporaries stay in the cache
-FLOAT64_FROM = 4.0  # tokens with max|u| from here on are computed in float64: moments are not exact enough there
+FLOAT64_FROM = 4.0  # tokens whose logit differences spread this wide are computed in float64
 
 
 class TokenStats(NamedTuple):
@@ -74,8 +74,9 @@ class EpsDPOLoss(NamedTuple):
 def perturbed_logits(policy_logits: Tensor, ref_logits: Tensor, s: float) -> Tensor:
     """f_θ + s·(f_θ − f_ref): logits of the policy that another β would have given (Liu et al. 2024, Prop. 1).
 
-    s = +ε gives the policy of β/(1+ε), s = −ε that of β/(1−ε), s = 0 the current policy and s = −1 the reference. Any
-    real s is allowed. bf16 and fp16 logits are cast up to float32. Raises ValueError if the two shapes differ.
+    The optimal policy of β is π_ref·exp(r/β) up to a constant, so f_θ − f_ref is r/β, and (1+s) times it is r over
+    β/(1+s): s = ±ε gives the policy of β/(1±ε), s = 0 the current policy and s = −1 the reference. Any real s is
+    allowed. bf16 and fp16 logits are cast up to float32. Raises ValueError if the two shapes differ.
     """
     _check_shapes(policy_logits.shape == ref_logits.shape, "logits of one shape", policy_logits, ref_logits)
     dtype = _common_dtype(policy_logits, ref_logits)
@@ -118,7 +119,7 @@ def token_stats(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, epsil
     stats = _chunk_stats(f.detach(), f_ref.detach(), labels.reshape(-1), epsilon_check)
     _check_finite(stats)
     logp = f.log_softmax(-1).gather(-1, labels.reshape(-1, 1)).squeeze(-1)
-    logp = stats.logp + (logp - logp.detach())  # the value from above, with the gradient of log-softmax
+    logp = stats.logp + (logp - logp.detach())  # the exact value from above, with autograd's gradient
     return TokenStats(*(x.reshape(labels.shape) for x in stats._replace(logp=logp)))
 
 
@@ -215,12 +216,12 @@ def _increments(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     p /= total
     logp = f.gather(-1, y) - top - total.log()
     d = f - f_ref
-    u = d.sub_(d.gather(-1, y))  # zero at the label
+    u = d.sub_(d.gather(-1, y))  # zero at the label; d, u and c share one buffer
     low, high = u.amin(-1), u.amax(-1)  # (n,)
     m = (p * u).sum(-1)
     c = u.sub_(m[:, None])
     size = torch.maximum(-low, high).double()  # max|u|
-    far = ~((size < FLOAT64_FROM) & (epsilon * size < 1))  # NaN is far
+    far = ~((size < FLOAT64_FROM) & (epsilon * size < 1))  # these need float64; NaN is one of them
     points = (epsilon, -epsilon, -1.0)
     if f.dtype == torch.float32:
         reach = torch.maximum(high - m, m - low).double().where(~far, 0.0)  # max|c|
