@@ -128,7 +128,9 @@ def test_ids_outside_the_vocabulary_are_an_error_that_names_both(wrong, tmp_path
 def test_a_file_is_known_by_its_content(tmp_path):
     def made(data: bytes, name: str = "x") -> dict:
         (tmp_path / name).write_bytes(data)
-        return made_by(SimpleNamespace(data=(str(tmp_path / name),), eval_size=3, model=""), ("data", "eval_size", "lr"))
+        return made_by(
+            SimpleNamespace(data=(str(tmp_path / name),), eval_size=3, model=""), ("data", "eval_size", "lr")
+        )
 
     assert made(b"abc") == made(b"abc", "y") and made(b"abc")["eval_size"] == 3
     long = bytes(3 << 20)
