@@ -1,4 +1,4 @@
-"""Properties of `epsdpo.py`, in the method's own terms; the oracle is 50-digit arithmetic (mpmath) on the definition."""
+"""Properties of `epsdpo.py`, in the method's own terms; the oracle is 60-digit arithmetic (mpmath) on the definition."""
 
 from __future__ import annotations
 
