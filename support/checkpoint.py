@@ -7,6 +7,7 @@ an error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -204,8 +205,9 @@ def config_json(config: Config) -> dict:
     for family in FAMILIES:
         found = {"architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family}
         found |= {key: values[key] for key in known_keys(family)}
-        if resolve(found) == config:
-            return found
+        with contextlib.suppress(ValueError):  # this family cannot express it
+            if resolve(found) == config:
+                return found
     raise ValueError(f"expected a model that one of {', '.join(FAMILIES)} can express, got {config}")
 
 

@@ -18,6 +18,7 @@ from support.checkpoint import (
     SINGLE,
     Entry,
     check_model,
+    config_json,
     load_model,
     load_safetensors,
     read_config,
@@ -781,6 +782,12 @@ def test_a_model_by_hand_is_saved_with_a_config_of_its_own(more, tmp_path):
     assert far(model(rows()), wanted(rows()).logits) < 1e-5
     assert sorted(os.listdir(folder)) == ["config.json", SINGLE]
     assert load_model(folder).config == model.config
+
+
+def test_a_model_that_llama_cannot_express_gets_the_config_of_another_family():
+    config = small_config(model_type="mistral", hidden_size=33, head_dim=8, sliding_window=None)  # 4 heads: 33 / 4
+    found = config_json(config)
+    assert found["model_type"] == "mistral" and resolve(found) == config
 
 
 def test_what_is_copied_kept_and_removed(own, tmp_path):
