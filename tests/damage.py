@@ -291,7 +291,7 @@ FLAG_VALUES = {  # what stands behind a flag
 
 def flags(folder: Path, good: Path, kind: str, dice: Random) -> None:
     """A command line: other flags, the flag, what stands behind it."""
-    flag = "--" + dice.choice([field.name for field in dataclasses.fields(Flags)]).replace("_", "-")
+    flag = "--" + dice.choice([field.name for field in dataclasses.fields(Flags) if field.metadata]).replace("_", "-")
     given = [text.replace("{flag}", flag) for text in FLAG_VALUES[kind]]
     real = ["--model", "m", "--data", "d", "--out", "o"] * dice.randint(0, 1)
     (folder / "argv.json").write_text(json.dumps([real, flag, given]))

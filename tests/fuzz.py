@@ -142,7 +142,7 @@ def flags(folder: Path, good: Path, kind: str) -> None:
     (real, flag, given), said = json.loads((folder / "argv.json").read_text()), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            found = train.parse_flags([*real, flag, *given])
+            found = train.parse_flags(train.Flags, "", [*real, flag, *given])
     except (SystemExit, ValueError) as error:
         text, code = f"{said.getvalue()} {error}", getattr(error, "code", 2)
         if code != 2 or not (flag in text or given and given[-1] in text):
