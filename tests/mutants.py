@@ -425,6 +425,7 @@ MUTANTS = [
             ("processes share pairs", "by_length[r::world]", "by_length[r // 2 :: world]"),
             ("counts in float32", "[x.double() for x in part.values()]", "[x.float() for x in part.values()]"),
             ("sums of one process", "    if dist.is_initialized():\n        dist.all_reduce(total)\n", ""),
+            ("every process decides what it resumes", "    dist.broadcast_object_list(box)\n", ""),
             ("a signal stops one process of many", "    dist.all_reduce(flag, dist.ReduceOp.MAX)\n", ""),
             ("the head's matrix is sharded again", "reshard_after_forward=False", "reshard_after_forward=True"),
         ],
