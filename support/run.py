@@ -86,7 +86,7 @@ class Run:
                 raise ValueError(f"the finished run in {out} had other flags: {differ}; --overwrite replaces it")
             return
         held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
-        if held and "flags.json" not in held:
+        if held and not {"flags.json", "checkpoint.pt", "pairs.npz"} & set(held):
             raise ValueError(
                 f"--out {out}: {', '.join(held)} there are no run's (no flags.json); choose another folder"
             )
