@@ -379,7 +379,7 @@ MUTANTS = [
             ("learning rate that rises after the end", "min(1.0, (step - warmup)", "min(9.0, (step - warmup)"),
             ("learning rate that never reaches the optimizer", "        group[\"lr\"] = lr\n", "        pass\n"),
             ("warmup of 7.000000000000001 steps", "math.ceil(flags.warmup * steps - 1e-9)", "math.ceil(flags.warmup * steps)"),
-            ("weights decay never", "weight_decay=flags.weight_decay", "weight_decay=0.0"),
+            ("no weight decay", "weight_decay=flags.weight_decay", "weight_decay=0.0"),
             ("the reference is trained", "reference.requires_grad_(False)", "reference.requires_grad_(True)"),
             ("a reference that moves with the policy", "if shared and rank_and_world()[1] == 1:", "if False:"),
             ("a reference in another precision", "            ref_hidden, ref_weight = reference(", "            with torch.autocast(batch.tokens.device.type, enabled=False):\n                ref_hidden, ref_weight = reference("),
@@ -406,7 +406,7 @@ MUTANTS = [
             ("decisions compared in 16 bits with a cached reference", " and moved and has_weights", " and moved"),
             ("decisions compared without a check", " and flags.epsilon_check > 0 and moved", " and moved"),
             ("the toy's DPO with steps of β", "dataclasses.replace(flags, epsilon_step=0.0)", "flags"),
-            ("held-out pairs of the toy are not counted in --eval-size", "eval_pairs=flags.eval_size, device=where", "device=where"),
+            ("the toy ignores --eval-size", "eval_pairs=flags.eval_size, device=where", "device=where"),
         ],
         "support/device.py": [
             ("bfloat16 for float16", "low = torch.float16 if dtype == \"float16\" else torch.bfloat16", "low = torch.bfloat16"),

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_cached_reference_gives_the_references_hidden_states_and_runs_none(dtype, tmp_path, monkeypatch):
+def test_a_cached_reference_gives_the_references_hidden_states_without_running_it(dtype, tmp_path, monkeypatch):
     pairs, reference = pairs_of(id_rows(8)), tiny_model(tied=True)
     twin = next(pair for pair in pairs if len(pair.rejected) > 1)  # the same ids, cut elsewhere
     pairs.append(twin._replace(chosen=np.r_[twin.chosen, twin.rejected[:1]], rejected=twin.rejected[1:]))

@@ -144,7 +144,8 @@ def test_two_processes_end_where_one_ends_in_float64(what, folder, tmp_path):
         id_rows(20) + [{"prompt": [1, 2, 3, 4, 5, 6], "chosen": [7, 8], "rejected": [7, 9]}] + id_rows(5, seed=4),
     )
     for name, start in {"one": one, "two": two}.items():
-        argv = argv_of(folder, tmp_path / name, "--epochs", 1, "--eval-every", 2, *RUNS[what], data=str(data))
+        length = [] if "--steps" in RUNS[what] else ["--epochs", 1]
+        argv = argv_of(folder, tmp_path / name, *length, "--eval-every", 2, *RUNS[what], data=str(data))
         logs = start(argv, tmp_path, FLOAT64)
         if "dropped" in what:
             assert "1 rows dropped" in (logs if name == "one" else logs[0])
@@ -324,7 +325,7 @@ def test_weights_that_are_not_finite_in_the_rows_of_one_process_stop_all(folder,
         bad.model.embed_tokens.weight[VOCAB - 1] = 3e38  # finite, but not for long
         bad.lm_head.weight[VOCAB - 1] = 0.0
     save_model(bad, tmp_path / "bad")
-    argv = argv_of(folder, tmp_path / "out", "--eval-size", 0, model=str(tmp_path / "bad"))
+    argv = argv_of(folder, tmp_path / "out", model=str(tmp_path / "bad"))
     argv[argv.index("--data") + 1] = str(write_rows(tmp_path / "ids.jsonl", rows))
     codes, logs = run_many(argv, tmp_path)
     assert 0 not in codes and 2 in codes

@@ -395,7 +395,7 @@ def watched(monkeypatch) -> dict:
 
 
 @pytest.mark.parametrize("model", ["model", "tied"])
-def test_the_reference_is_apart_and_stays_as_it_was(model, folder, tmp_path, monkeypatch):
+def test_the_reference_shares_nothing_and_does_not_change(model, folder, tmp_path, monkeypatch):
     seen = watched(monkeypatch)
     assert train.main(argv_of(folder, tmp_path / "out", "--dtype", "bfloat16", model=model)) == 0
     policy, reference = seen["policy"], seen["reference"]
@@ -497,7 +497,7 @@ def test_float16_gradients_neither_vanish_nor_overflow(beta, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("what, tries", [("gradient", 6), ("loss", 1)])
-def test_what_no_loss_scale_can_mend_is_an_error_before_the_optimizer_step(what, tries, monkeypatch):
+def test_overflow_at_every_loss_scale_is_an_error_before_the_optimizer_step(what, tries, monkeypatch):
     calls, run_batch, loss = [], train.run_batch, train.EpsDPO.loss
     monkeypatch.setattr(train, "run_batch", lambda *args: calls.append(1) or run_batch(*args))
     policy, reference = two_models()
@@ -537,7 +537,7 @@ def poison(policy: GPT, at: int, what: str, bad: float) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("what", ["gradient", "logits"])
-def test_what_is_not_finite_stops_before_the_optimizer_step(what, bad, tmp_path):
+def test_a_number_that_is_not_finite_stops_the_run_before_the_optimizer_step(what, bad, tmp_path):
     pairs = pairs_of(id_rows(12))
     flags = flags_of(save_every=1, micro_tokens=1000)
     undisturbed, reference = two_models()
@@ -565,7 +565,7 @@ def test_what_is_not_finite_stops_before_the_optimizer_step(what, bad, tmp_path)
     assert same_bits(dict(state["weights"]), policy.state_dict())  # no step was taken since
 
 
-def test_the_rows_that_are_to_blame_are_named(tmp_path):
+def test_rows_with_logits_that_are_not_finite_are_named(tmp_path):
     rows = id_rows(16, vocab=VOCAB - 1)
     rows[6]["chosen"] = [VOCAB - 1, *rows[6]["chosen"]]  # alone has this token
     policy, reference = two_models()
@@ -589,7 +589,8 @@ def test_the_loss_of_far_margins_is_finite(margin):
     out = epsdpo_loss(chosen, sums(0.0), 1.0, 0.01)
     out.loss.backward()
     assert (
-        float(out.loss) == pytest.approx(max(0.0, -margin) if margin else math.log(2)) and chosen.logp.grad.isfinite()
+        float(out.loss.detach()) == pytest.approx(max(0.0, -margin) if margin else math.log(2))
+        and chosen.logp.grad.isfinite()
     )
 
 
@@ -618,7 +619,7 @@ def test_rewards_in_numbers():
     assert (sums["logps/chosen"], sums["logps/rejected"]) == (-11, -11)
 
 
-def test_a_line_of_metrics_is_about_the_step_it_names(folder, tmp_path):
+def test_a_metrics_line_describes_the_step_that_it_names(folder, tmp_path):
     assert train.main(argv_of(folder, tmp_path / "out", "--eval-every", 5)) == 0
     lines = read_metrics(tmp_path / "out", timing=True)  # strict JSON
     steps = steps_of(lines)
@@ -821,7 +822,7 @@ def test_training_on_nothing_is_refused():
         train.train(*two_models(), [], flags_of(steps=2))
 
 
-def test_what_is_not_there_is_named(folder, tmp_path, capsys):
+def test_a_missing_file_or_folder_is_named(folder, tmp_path, capsys):
     for argv, named in (
         (argv_of(folder, tmp_path / "out", model="absent"), "absent"),
         (argv_of(folder, tmp_path / "out", data="absent.jsonl"), "absent.jsonl"),
@@ -880,9 +881,10 @@ def test_a_toy_that_has_not_moved_says_so(quick_toy, capsys):
     assert train.main(["--eval-size", "8", "--batch-size", "32", "--steps", "1", "--lr", "1e-12"]) == 0
     said = capsys.readouterr().out
     assert "has nothing of the gain" in said and "nan" not in said
+    assert [line["eval/pairs"] for line in read_metrics(quick_toy) if "eval/loss" in line] == [8, 8]
 
 
-def test_the_toys_dpo_is_the_run_without_a_step_of_beta(quick_toy, capsys):
+def test_the_toys_dpo_is_a_run_with_epsilon_step_0(quick_toy, capsys):
     def rows(*more: str) -> dict[str, list[str]]:
         few = ["--eval-size", "8", "--batch-size", "32", "--steps", "6", "--epsilon", "0.3", "--overwrite"]
         assert train.main([*few, "--out", str(quick_toy), *more]) == 0
@@ -898,7 +900,7 @@ def test_the_toys_dpo_is_the_run_without_a_step_of_beta(quick_toy, capsys):
 # ---- end to end ------------------------------------------------------------------------------------------------------
 
 
-def test_python_train_py_alone(tmp_path):
+def test_the_toy_ends_in_a_report(tmp_path):
     root = Path(train.__file__).resolve().parent
     done = subprocess.run(
         [sys.executable, root / "train.py", "--steps", "12"],
@@ -971,7 +973,7 @@ def test_held_out_pairs_are_not_trained_on_and_the_same_for_every_seed(size, hel
     assert sorted(pairs + eval_pairs) == list(range(1, 32))
 
 
-def test_a_frozen_policy_is_trained_all_the_same():
+def test_a_frozen_policy_is_trained():
     policy, reference = two_models()
     before = copy.deepcopy(policy)
     train.train(policy.requires_grad_(False), reference, pairs_of(id_rows(4)), flags_of(steps=1))
