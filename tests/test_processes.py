@@ -334,7 +334,7 @@ def test_weights_that_are_not_finite_in_the_rows_of_one_process_stop_all(folder,
 
 def test_bad_input_is_one_line_and_ends_both(folder, tmp_path):
     (tmp_path / "held").mkdir()
-    (tmp_path / "held" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "held" / "flags.json").write_text("{}\n")
     for argv, named in (
         (argv_of(folder, tmp_path / "held"), "--overwrite"),
         (argv_of(folder, tmp_path / "new", data="absent.jsonl"), "absent.jsonl"),

@@ -789,7 +789,9 @@ def test_agreement_is_the_share_of_decisions_that_float32_would_make_too(n, comp
 )
 def test_agreement_is_left_out(why, given):
     policy, reference = nudged(tiny_model()), tiny_model()
-    found = train.evaluate(policy, reference, pairs_of(id_rows(9)), train.EpsDPO(0.1, 0.05, 0.05), flags_of(**given))
+    flags = flags_of(**given)
+    method = train.EpsDPO(0.1, flags.epsilon_check, 0.05)
+    found = train.evaluate(policy, reference, pairs_of(id_rows(9)), method, flags)
     assert not any("agree" in name for name in found), why
 
 
