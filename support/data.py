@@ -41,7 +41,7 @@ BLANK = object()  # stands for a line without a row
 # A file -> rows
 
 
-def parse(text: bytes) -> object:
+def parse(text: bytes | bytearray) -> object:
     """A value of JSON. A key that occurs twice is an error, wherever it is. Raises BadRow."""
 
     def unique(items: list[tuple]) -> dict:
@@ -70,9 +70,11 @@ def rows_of_lines(stream: BinaryIO) -> Iterator[object]:
 
 
 def rows_of_array(stream: BinaryIO) -> list:
-    text = stream.read(MAX_ARRAY + 1)
-    if len(text) > MAX_ARRAY:
-        raise ValueError(f"a JSON array of more than {MAX_ARRAY} bytes; write one object per line instead")
+    text = bytearray()
+    while piece := stream.read(1 << 20):  # read(n) reserves n bytes at once
+        text += piece
+        if len(text) > MAX_ARRAY:
+            raise ValueError(f"a JSON array of more than {MAX_ARRAY} bytes; write one object per line instead")
     return parse(text.removeprefix(BOM_UTF8))
 
 

@@ -1,7 +1,9 @@
 """Pairs, batches, rows and files of data.py: everything that needs no tokenizer."""
 
 import gzip
+import io
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -415,6 +417,22 @@ def test_a_json_array_that_cannot_be_read(tmp_path, text, words):
     (tmp_path / "a").write_text(text)
     with pytest.raises(ValueError, match=f"a: .*{words}"):
         load(tmp_path / "a", skip_bad_rows=True)
+
+
+def test_a_json_array_takes_memory_for_what_it_holds(tmp_path, monkeypatch):
+    class Stream(io.BytesIO):
+        reserved = 0
+
+        def read(self, size=-1):  # a file sets aside that many bytes before it reads
+            self.reserved = max(self.reserved, size if size >= 0 else math.inf)
+            return super().read(size)
+
+    stream = Stream(b"[" + LINE + b"]")
+    assert data.rows_of_array(stream) == [ROW] and stream.reserved <= 1 << 24
+    monkeypatch.setattr(data, "MAX_ARRAY", 100)
+    (tmp_path / "a").write_bytes(b"[" + b",\n".join([LINE] * 99) + b"]")
+    with pytest.raises(ValueError, match="a: a JSON array of more than 100 bytes; write one object per line instead"):
+        load(tmp_path / "a")
 
 
 def test_a_row_of_null_is_a_bad_row(tmp_path):
