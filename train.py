@@ -4,7 +4,7 @@
     python train.py --model DIR --data FILE.jsonl --out DIR      a checkpoint folder and preference pairs
     torchrun --nproc_per_node=8 train.py --model …               the same on many devices (PyTorch's FSDP2)
 
-The file reads top to bottom: the flags, the method, one micro-batch, one step, the loop, the two jobs.
+The file reads top to bottom: the flags, one step, the loop, the two jobs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +31,9 @@ from support.checkpoint import check_model, load_model, read_config
 from support.data import print_pairs, read_pairs
 from support.device import autocast, clip_gradient, loss_scales, my_micro_batches, rank_and_world, sum_over_processes
 from support.flags import Like, OfJob, fill_in, flag, one_line_errors, parse_flags, resume_command
+from support.metrics import means, speed, standard_errors, totals
 from support.report import answers, before_and_after, forecast, is_due, pairs_seen, show_answers
-from support.rows import Batch, Pair, collate, epoch_order, places, row_length
+from support.rows import Batch, Pair, collate, pairs_of_step, places
 from support.run import Run
 from support.text import Tokenizer
 
@@ -39,11 +41,6 @@ Reference = GPT | CachedReference
 Pairs = Sequence[Pair]
 
 # ---- the flags -------------------------------------------------------------------------------------------------------
-
-EPSILON_HELP = """sets both --epsilon-check and --epsilon-step. β never settles: it falls about as
-exp(-ε · steps · (2 · accuracy - 1)). Choose ε times the number of steps between 1 and 5"""
-CACHE_HELP = """folder in which to cache the reference's hidden states, so that later runs on the
-same pairs need no reference model (one process only)"""
 
 
 @dataclass
@@ -56,7 +53,7 @@ class Flags:
     eval_size: int = flag(128, "how many pairs of --data to hold out, at most a third of them", "[0, inf)")
     out: str = flag("", "folder for metrics, checkpoint and final model; the toy's is out/toy if none is given")
     beta: float = flag(OfJob(toy=0.5, real=0.01), "β at the start, the KL penalty", "(0, inf)")
-    epsilon: float = flag(0.01, EPSILON_HELP, "[0, 0.5]")
+    epsilon: float = flag(0.01, "sets the next two; choose ε times the number of steps between 1 and 5", "[0, 0.5]")
     epsilon_check: float = flag(Like("epsilon"), "ε_c, how far the check perturbs β", "[0, 1)")
     epsilon_step: float = flag(Like("epsilon"), "ε_s, how far a step moves β; 0 is plain DPO", "[0, 0.5]")
     lr: float = flag(OfJob(toy=1e-3, real=7e-7), "peak learning rate: linear warm-up, then cosine", "(0, inf)")
@@ -65,7 +62,7 @@ class Flags:
     epochs: int = flag(1, "passes over the data", "[1, inf)")
     steps: int | None = flag(None, "optimizer steps, instead of --epochs", "[1, inf)")
     micro_tokens: int = flag(2048, "tokens in one forward pass of one process; fewer need less memory", "[1, inf)")
-    cache_reference: str = flag("", CACHE_HELP, needs="model")
+    cache_reference: str = flag("", "folder that keeps the reference's hidden states (one process)", needs="model")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     clip: float = flag(1.0, "clip the gradient norm to this value", "(0, inf]")
     weight_decay: float = flag(0.0, "AdamW weight decay", "[0, inf)")
@@ -101,7 +98,7 @@ class Flags:
                 raise ValueError(message)
 
 
-# ---- the method ------------------------------------------------------------------------------------------------------
+# ---- one step --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -119,9 +116,6 @@ class EpsDPO:
         """β ← mean of β̃ over all pairs of the step. The models are for methods that need them."""
         counts = (int(sums[f"steps/{name}"]) for name in ("lower", "keep", "raise"))
         self.beta = next_beta(self.beta, *counts, self.epsilon_step)
-
-
-# ---- one micro-batch -------------------------------------------------------------------------------------------------
 
 
 def score_pairs(
@@ -143,31 +137,6 @@ def score_pairs(
     pairs = len(batch.tokens)
     sums = sum_over_responses(tokens, batch.owner, 2 * pairs)  # (2B,), the chosen ones first
     return TokenStats(*(x[:pairs] for x in sums)), TokenStats(*(x[pairs:] for x in sums))
-
-
-def totals(out: EpsDPOLoss, chosen: TokenStats, rejected: TokenStats, batch: Batch, beta: float) -> dict[str, Tensor]:
-    """The metrics as sums over pairs: sums add up over micro-batches and processes, means do not."""
-    pairs = len(out.step)
-    lengths = batch.owner.bincount(minlength=2 * pairs)  # (2B,)
-    return {
-        "loss": out.losses.detach().sum(),
-        "rewards/chosen": (beta * (chosen.logp - chosen.ref_logp)).detach().sum(),  # the step's β, not β̃
-        "rewards/rejected": (beta * (rejected.logp - rejected.ref_logp)).detach().sum(),
-        "rewards/margins": (beta * out.margin).sum(),
-        "rewards/accuracies": (out.margin > 0).sum(),  # a tie is wrong
-        "logps/chosen": chosen.logp.detach().sum(),
-        "logps/rejected": rejected.logp.detach().sum(),
-        "kl": (chosen.kl + rejected.kl).sum() / 2,  # mean over the 2B responses of their summed per-token KL
-        "lengths/chosen": lengths[:pairs].sum(),
-        "lengths/rejected": lengths[pairs:].sum(),
-        "steps/lower": (out.step > 0).sum(),
-        "steps/keep": (out.step == 0).sum(),
-        "steps/raise": (out.step < 0).sum(),
-        "margin_squares": ((beta * out.margin) ** 2).sum(),  # for the standard error in `evaluate`
-    }
-
-
-# ---- one step --------------------------------------------------------------------------------------------------------
 
 
 def run_batch(
@@ -211,8 +180,7 @@ def train_step(
             break
     if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
         hint = " (float16 overflows above 65504)" if flags.dtype == "float16" else ""
-        loss = sums["loss"] / len(batch)
-        raise ValueError(f"{places(batch)}: the loss is {loss}, the gradient norm {norm}{hint}")
+        raise ValueError(f"{places(batch)}: the loss is {sums['loss'] / len(batch)}, the gradient norm {norm}{hint}")
 
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -220,11 +188,9 @@ def train_step(
     optimizer.zero_grad()
     method.after_step(sums, policy, reference)  # β ← mean of β̃
 
-    del sums["margin_squares"]
-    seconds, tokens = time.perf_counter() - started, sum(map(row_length, batch))
-    line = {"learning_rate": lr, "grad_norm": norm, "beta": beta} | {k: v / len(batch) for k, v in sums.items()}
+    line = {"learning_rate": lr, "grad_norm": norm, "beta": beta} | means(sums, len(batch))
     line |= {"loss_scale": scale} if flags.dtype == "float16" else {}
-    return line | {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    return line | speed(batch, started)
 
 
 def learning_rate(step: int, steps: int, flags: Flags) -> float:
@@ -248,26 +214,21 @@ def evaluate(
     Under 16 bits also the share of decisions, on at most 128 pairs, that float32 layers would make too. `run` shows a
     bar and can stop the evaluation between two micro-batches.
     """
-    n = len(pairs)
-
-    def score(some: Sequence[Pair], dtype: str) -> tuple[dict[str, float], Tensor]:
-        micro_batches = my_micro_batches(some, flags.micro_tokens)
-        watched = run.watch(micro_batches) if run else micro_batches
-        return run_batch(policy, reference, watched, len(some), method, dataclasses.replace(flags, dtype=dtype))
-
     has_moved, has_model = run is None or run.done > 0, not isinstance(reference, CachedReference)
     compare = flags.dtype != "float32" and method.epsilon_check > 0 and has_moved and has_model
-    compared, rest = (pairs[:128], pairs[128:]) if compare else (pairs, [])
-    scored = [score(some, flags.dtype) for some in (compared, rest) if some]
-    means = {name: sum(sums[name] for sums, _ in scored) / n for name in scored[0][0]}
-    accuracy, variance = means["rewards/accuracies"], means.pop("margin_squares") - means["rewards/margins"] ** 2
-    means["rewards/accuracies_se"] = math.sqrt(accuracy * (1 - accuracy) / n)
-    means["rewards/margins_se"] = math.sqrt(max(variance, 0.0) / n)
+    n, compared = len(pairs), pairs[: 128 if compare else 0]
+    first, rest = (my_micro_batches(some, flags.micro_tokens) for some in (compared, pairs[len(compared) :]))
+    watch = run.watch if run else iter
+
+    sums, steps = run_batch(policy, reference, watch(first + rest), n, method, flags)
+    line = means(sums, n) | standard_errors(sums, n) | {"pairs": n}
     if compare:
-        agree = score(compared, "float32")[1] == scored[0][1]
-        means["steps/agree"] = sum_over_processes([{"agree": agree.sum()}])["agree"] / len(compared)
-        means["steps/agree_pairs"] = len(compared)
-    return {f"eval/{name}": value for name, value in means.items()} | {"eval/pairs": n}
+        in_float32 = dataclasses.replace(flags, dtype="float32")
+        _, exact = run_batch(policy, reference, watch(first), n, method, in_float32)
+        agree = {"agree": (steps[: len(exact)] == exact).sum()}
+        line["steps/agree"] = sum_over_processes([agree])["agree"] / len(compared)
+        line["steps/agree_pairs"] = len(compared)
+    return {f"eval/{name}": value for name, value in line.items()}
 
 
 def train(
@@ -285,9 +246,7 @@ def train(
     """
     run = run or Run()
     method = method or EpsDPO(flags.beta, flags.epsilon_check, flags.epsilon_step)
-    shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
-    if shared and rank_and_world()[1] == 1:
-        raise ValueError("the reference shares storage with the policy and would move with it; give it a copy")
+    device.check_apart(policy, reference)
     if not pairs:
         raise ValueError("no pairs to train on")
     policy.requires_grad_(True)
@@ -305,9 +264,7 @@ def train(
     with run:  # from here on Ctrl-C means: stop after this step
         evaluate_if_due()  # at step 0, or where a run was stopped in the middle of one
         for step in run.progress(steps):
-            epoch, place = divmod(step, per_epoch)
-            order = epoch_order(len(pairs), flags.seed, epoch)[place * flags.batch_size :][: flags.batch_size]
-            batch = [pairs[i] for i in order]
+            batch = pairs_of_step(pairs, step, flags.batch_size, flags.seed)
             line = train_step(policy, reference, batch, method, optimizer, learning_rate(step, steps, flags), flags)
             run.log(step + 1, {"epoch": (step + 1) / per_epoch} | line | device.memory_gb(run.device))
             evaluate_if_due()
@@ -337,8 +294,8 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
     print("now plain DPO on the same pairs, for comparison", flush=True)
     train(plain, problem.reference, problem.pairs, dataclasses.replace(flags, epsilon_step=0.0))
     logps = {name: problem.world.list_logps(model, where) for name, model in (("ε-DPO", policy), ("DPO", plain))}
-    betas = [line["beta"] for line in lines if "beta" in line]
-    toy.print_report(problem, logps, betas, pairs_seen(len(betas), len(problem.pairs), flags.batch_size))
+    betas = [*(line["beta"] for line in lines if "beta" in line), run.method.beta]
+    toy.print_report(problem, logps, betas, pairs_seen(len(betas) - 1, len(problem.pairs), flags.batch_size))
 
 
 def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
@@ -355,14 +312,13 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     if run.finished:
         return
     pairs, eval_pairs = run.saved_pairs(config.vocab_size) or read_pairs(flags, tokenizer, config)
-    policy = load_model(folder, device=where, prepare=device.shard)
-    reference = None
-    if not flags.cache_reference:
-        reference = load_model(folder, device=where, prepare=device.shard, keep_16_bit=True)
+    load = partial(load_model, folder, device=where, prepare=device.shard)
+    policy = load()
+    reference = None if flags.cache_reference else load(keep_16_bit=True)
     print(forecast(policy, reference, pairs, eval_pairs, flags))
     if reference is None:
-        cached = flags.cache_reference, flags.dtype, flags.micro_tokens
-        reference = CachedReference(policy, [*pairs, *eval_pairs], *cached)
+        both = [*pairs, *eval_pairs]
+        reference = CachedReference(policy, both, flags.cache_reference, flags.dtype, flags.micro_tokens)
     prompts = eval_pairs[: flags.samples] if tokenizer and one_process else []
     before = answers(policy, prompts, pairs)
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, run=run)

@@ -121,6 +121,13 @@ def shard(model: GPT) -> GPT:
     return model
 
 
+def check_apart(policy: GPT, reference: torch.nn.Module) -> None:
+    """Raises ValueError for a reference that shares storage with the policy and would move with it."""
+    addresses = [{p.data_ptr() for p in model.parameters()} for model in (policy, reference)]
+    if rank_and_world()[1] == 1 and addresses[0] & addresses[1]:  # FSDP2 gives each model shards of its own
+        raise ValueError("the reference shares storage with the policy and would move with it; give it a copy")
+
+
 def my_micro_batches(pairs: Sequence[Pair], micro_tokens: int) -> list[list[Pair]]:
     """This process's micro-batches of an effective batch. All processes get equally many; some may be empty."""
     rank, world = rank_and_world()

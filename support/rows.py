@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,13 @@ def micro_batches(pairs: Sequence[Pair], token_budget: int) -> list[list[int]]:
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of n pairs in one epoch, (n,) int64: a function of seed and epoch alone."""
     return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def pairs_of_step(pairs: Sequence[Pair], step: int, batch_size: int, seed: int) -> list[Pair]:
+    """The effective batch of optimizer step 0, 1, …: the next pairs in the order of its epoch."""
+    epoch, place = divmod(step, math.ceil(len(pairs) / batch_size))
+    order = epoch_order(len(pairs), seed, epoch)
+    return [pairs[i] for i in order[place * batch_size :][:batch_size]]
 
 
 def places(pairs: Sequence[Pair]) -> str:

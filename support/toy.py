@@ -272,12 +272,13 @@ def draw_responses(logp: Tensor, n: int, seed: int) -> Tensor:
 def print_report(problem: Problem, logps: dict[str, Tensor], betas: Sequence[float], told: int) -> None:
     """Print what training did: a table of exact numbers, sampled responses, and the first policy's numbers in words.
 
-    logps: log π of all responses (P, N), by name. betas: β of each step. told: how many preferences training has seen.
+    logps: log π of all responses (P, N), by name. betas: β of each step and after the last. told: how many preferences
+    training has seen.
     """
     world, reward, first = problem.world, problem.world.reward, next(iter(logps))
     logps = {"reference": problem.ref_logp} | logps | {"optimum π*": optimum(problem.ref_logp, reward, betas[0])}
     reports = {name: report(logp, problem.ref_logp, reward, betas[0]) for name, logp in logps.items()}
-    print(f"\nafter {len(betas)} steps; exact sums over all responses; J and π* are those of β = {betas[0]}")
+    print(f"\nafter {len(betas) - 1} steps; exact sums over all responses; J and π* are those of β = {betas[0]}")
     print(table(reports))
     drawn = {name: draw_responses(logps[name], 4, world.seed).tolist() for name in ("reference", first)}
     print("\nresponses drawn      " + "".join(f"{name:30}" for name in drawn))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # takes a second, in the first step of a run: here once, before runs are forked
 
 import train
 from model import GPT

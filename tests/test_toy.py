@@ -323,7 +323,7 @@ def test_a_report_prints_the_policies_in_order_and_words_about_the_first(quick_f
     problem = toy.make_problem(3, pairs=8, eval_pairs=0, world=SMALL)
     best = toy.optimum(problem.ref_logp, SMALL.reward, 0.7)
     logps = {"ours": best, "theirs": problem.ref_logp}
-    toy.print_report(problem, logps, [0.7, 0.65, 0.6], told=1234)
+    toy.print_report(problem, logps, [0.7, 0.65, 0.62, 0.6], told=1234)
     table, drawn, words = capsys.readouterr().out.strip().split("\n\n")
     head, *lines = table.splitlines()
     assert "after 3 steps" in head and "0.7" in head
@@ -344,7 +344,7 @@ def test_a_report_prints_the_policies_in_order_and_words_about_the_first(quick_f
 
 def test_a_report_of_a_policy_that_has_not_moved_says_nothing_is_gained(quick_fit, capsys):
     problem = toy.make_problem(3, pairs=8, eval_pairs=0, world=SMALL)
-    toy.print_report(problem, {"ours": problem.ref_logp}, [0.5], told=8)
+    toy.print_report(problem, {"ours": problem.ref_logp}, [0.5, 0.5], told=8)
     said = capsys.readouterr().out
     assert "in 50% of comparisons" in said and "has nothing of the gain" in said and "nan" not in said
 

@@ -25,7 +25,8 @@ from support import toy
 from support.cached_reference import CachedReference
 from support.checkpoint import load_model, load_safetensors, save_model
 from support.device import my_micro_batches
-from support.rows import Pair, collate, row_length
+from support.metrics import totals
+from support.rows import Pair, collate, epoch_order, row_length
 from support.run import Run
 from tests.runs import (
     CHECKPOINT,
@@ -122,7 +123,7 @@ def test_the_loop_is_the_method(epsilon_check, epsilon_step, tied):
     policy, by_hand = nudged(reference), nudged(reference)
     before = copy.deepcopy(reference)
     lines = train.train(policy, reference, pairs, flags)
-    order = [o[i : i + 4] for o in (train.epoch_order(11, 0, epoch) for epoch in range(2)) for i in (0, 4, 8)]
+    order = [o[i : i + 4] for o in (epoch_order(11, 0, epoch) for epoch in range(2)) for i in (0, 4, 8)]
     losses, betas, norms = plain_training(by_hand, reference, pairs, order, flags)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-9)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-8)
@@ -282,7 +283,7 @@ def test_means_are_over_the_whole_batch(tokens):
 
 
 def test_a_last_partial_batch_is_divided_by_its_own_count():
-    order, losses = train.epoch_order(3, 0, 0), [0.6, 0.7, 0.9]
+    order, losses = epoch_order(3, 0, 0), [0.6, 0.7, 0.9]
     method = Told(0.1, 0.01, 0.01).tell(losses, [1, 1, 1])
     lines = train.train(*two_models(), three_pairs(), flags_of(batch_size=2, micro_tokens=1), method)
     by_hand = [(losses[order[0]] + losses[order[1]]) / 2, losses[order[2]]]
@@ -556,7 +557,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_optimizer_step(wha
         with pytest.raises(ValueError, match="step 3") as error:
             train.train(policy, reference, pairs, flags, run=Run(tmp_path, flags))
     rows = re.findall(r"ids:(\d+)", str(error.value))
-    third = {pairs[i].line for i in train.epoch_order(12, 0, 0)[8:12]}
+    third = {pairs[i].line for i in epoch_order(12, 0, 0)[8:12]}
     assert rows and set(map(int, rows)) <= third and "step 2" in str(error.value)
     assert list(saved) == [1, 2] and (tmp_path / "checkpoint.pt").read_bytes() == saved[2]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
@@ -610,7 +611,7 @@ def test_rewards_in_numbers():
     )
     chosen, rejected = stats_of([-10.0, -1.0], [-12.0, -1.0]), stats_of([-9.0, -2.0], [-9.0, -2.0])
     out = epsdpo_loss(chosen, rejected, 0.1, 0.01)
-    sums = {k: float(v) for k, v in train.totals(out, chosen, rejected, batch, 0.1).items()}
+    sums = {k: float(v) for k, v in totals(out, chosen, rejected, batch, 0.1).items()}
     assert float(out.losses[0]) == pytest.approx(0.5981389, abs=5e-8)
     assert sums["rewards/chosen"] == pytest.approx(0.2) and sums["rewards/rejected"] == 0.0
     assert sums["rewards/margins"] == pytest.approx(0.2)

@@ -41,13 +41,14 @@ def answering(*names: str):
 # The case file
 
 
-def test_file_is_what_the_generator_writes():
-    """Byte by byte, the flags of every fourth case included (computing them takes most of the time)."""
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
+def test_file_is_what_the_generator_writes(every):
+    """Byte by byte. The flags, which take most of the time, are those of every 16th case; of all, if marked slow."""
     known = {c["id"]: c["flags"] for c in cases.read()}
     number = {name: i for i, name in enumerate(known)}
 
     def flags_of(c):
-        return cases.flags_of(c) if number.get(c["id"], 0) % 4 == 0 else known[c["id"]]
+        return cases.flags_of(c) if number.get(c["id"], 0) % every == 0 else known[c["id"]]
 
     made = [cases.line(x) for x in (cases.head(), *cases.all_cases(flags_of))]
     old = "cases.jsonl is old: python -m tests.conformance.cases > tests/conformance/cases.jsonl"
