@@ -84,13 +84,15 @@ class Flags:
         """Fill in defaults. Raises ValueError naming the flag that is wrong."""
         fill_in(self, real=bool(self.model))
         self.max_prompt_length = self.max_prompt_length or self.max_length // 2
+        no_held_out = not self.eval_data and not self.eval_size
         for wrong, message in (
             (self.model and not self.data and not self.resume, "--model also needs --data (preference files)"),
             (self.model and not self.out and not self.show, "a run on real data needs --out (a folder)"),
             (self.resume and self.overwrite, "expected either --resume or --overwrite, got both"),
             (self.given >= {"steps", "epochs"}, "expected either --steps or --epochs, got both"),
             (self.given >= {"eval_data", "eval_size"}, "expected either --eval-data or --eval-size, got both"),
-            (self.eval_every and not self.eval_data and not self.eval_size, "--eval-every needs held-out pairs"),
+            (self.eval_every and no_held_out, "--eval-every needs held-out pairs"),
+            ("samples" in self.given and self.samples and no_held_out, "--samples needs held-out pairs"),
             (self.max_prompt_length >= self.max_length, "--max-prompt-length must be below --max-length"),
             (not self.model and self.eval_size > 10**6, "--eval-size must be at most 1000000 for the toy"),
         ):
@@ -301,13 +303,16 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
 def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
     config, folder = read_config(flags.model), Path(flags.model)
-    one_process = rank_and_world()[1] == 1
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+    one_process = rank_and_world()[1] == 1
+    can_answer = tokenizer is not None and one_process
     if flags.show:
         check_model(folder)  # a folder that cannot train should not pass here
         return print_pairs(flags, tokenizer, config)
     if flags.cache_reference and not one_process:
         raise ValueError("--cache-reference needs one process")
+    if "samples" in flags.given and flags.samples and not can_answer:
+        raise ValueError("--samples needs a tokenizer.json in the checkpoint folder, and one process")
     run = Run(Path(flags.out), flags, command)
     if run.finished:
         return
@@ -319,7 +324,7 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     if reference is None:
         both = [*pairs, *eval_pairs]
         reference = CachedReference(policy, both, flags.cache_reference, flags.dtype, flags.micro_tokens)
-    prompts = eval_pairs[: flags.samples] if tokenizer and one_process else []
+    prompts = eval_pairs[: flags.samples] if can_answer else []
     before = answers(policy, prompts, pairs)
     lines = train(policy, reference, pairs, flags, eval_pairs=eval_pairs, run=run)
     run.finish()

@@ -221,7 +221,7 @@ class Run:
             raise Stopped
 
     def log(self, step: int, line: dict[str, float]) -> None:
-        """Add a line to the metrics, of optimizer step `step` (from 1) or of an evaluation after that many steps."""
+        """Add a line to the metrics: of step `step` (from 1), which is then done, or of an evaluation after it."""
         self.lines.append({"step": step} | line)
         if self.file:
             self.file.write(json.dumps(self.lines[-1], allow_nan=False) + "\n")
@@ -249,7 +249,7 @@ class Run:
         return any(line["step"] == step and "eval/loss" in line for line in self.lines)
 
     def must_save(self, last: bool) -> bool:
-        """Whether a checkpoint is due after the step that was logged last."""
+        """Whether a checkpoint is due after the step that was logged last. Here all processes agree on stopping."""
         self.stopping = any_process(bool(self.asked), self.device)
         if not self.out:
             return False

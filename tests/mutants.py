@@ -415,6 +415,9 @@ MUTANTS = [
             ("decisions compared in 16 bits with a cached reference", " and has_moved and has_model", " and moved"),
             ("decisions compared without a check", " and method.epsilon_check > 0 and has_moved", " and moved"),
             ("the toy's DPO with steps of β", "dataclasses.replace(flags, epsilon_step=0.0)", "flags"),
+            ("samples that nobody can decode", " and flags.samples and not can_answer:", " and False:"),
+            ("samples by many processes", "tokenizer is not None and one_process", "tokenizer is not None"),
+            ("samples of no pairs", "and self.samples and no_held_out", "and False"),
             ("the toy ignores --eval-size", "eval_pairs=flags.eval_size, device=where", "device=where"),
         ],
         "support/device.py": [

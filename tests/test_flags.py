@@ -124,6 +124,7 @@ def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_pa
         ([*REAL, "--eval-data", "x", "--eval-size", "1"], "expected either --eval-data or --eval-size, got both"),
         (["--eval-every", "2", "--eval-size", "0"], "--eval-every needs held-out pairs"),
         (["--samples", "1"], "--samples also needs --model"),
+        ([*REAL, "--samples", "1", "--eval-size", "0"], "--samples needs held-out pairs"),
         (["--max-length", "9"], "--max-length also needs --model"),
         (["--max-prompt-length", "9"], "--max-prompt-length also needs --model"),
         (["--skip-bad-rows"], "--skip-bad-rows also needs --model"),

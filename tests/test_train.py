@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from decimal import Decimal
@@ -37,6 +38,7 @@ from tests.runs import (
     id_rows,
     nudged,
     pairs_of,
+    pretend,
     read_metrics,
     real,
     same_bits,
@@ -885,6 +887,22 @@ def test_a_toy_that_has_not_moved_says_so(quick_toy, capsys):
     said = capsys.readouterr().out
     assert "has nothing of the gain" in said and "nan" not in said
     assert [line["eval/pairs"] for line in read_metrics(quick_toy) if "eval/loss" in line] == [8, 8]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_samples_that_cannot_be_shown_are_refused(world, folder, tmp_path, monkeypatch, capsys):
+    """Without a tokenizer, or by several processes. The default of two samples is only a wish."""
+    if world == 2:
+        model = Path(shutil.copytree(folder / "model", tmp_path / "model"))
+        (model / "tokenizer.json").write_text("{}")
+        monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: object())
+        pretend(monkeypatch, rank=0, world=2)
+    argv = argv_of(folder, tmp_path / "out", "--steps", 1, model=str(tmp_path / "model") if world == 2 else "model")
+    code, said = ended([*argv, "--samples", "2"], capsys)
+    assert code == 2 and "--samples needs a tokenizer.json in the checkpoint folder, and one process" in said
+    assert not (tmp_path / "out").exists()
+    if world == 1:
+        assert train.main([*argv, "--samples", "0"]) == 0 and train.main([*argv, "--overwrite"]) == 0
 
 
 def test_the_toys_dpo_is_a_run_with_epsilon_step_0(quick_toy, capsys):
