@@ -165,6 +165,7 @@ MUTANTS = [
             ("pairs equal after truncation are an error", "elif isinstance(found.error, Dropped):", "elif False:"),
             ("ids of the rows of a batch are mixed up", "row.ids = [next(ids) for _ in row.texts]", "row.ids = [next(ids) for _ in row.texts][::-1]"),
             ("one bad row spoils its batch", "with suppress(BadRow):", "with suppress():"),
+            ("pairs held out of a file are trained on", "        pairs, eval_pairs = hold_out(", "        _, eval_pairs = hold_out("),
             ("held-out pairs are trained on", "[pairs[i] for i in np.sort(order[held:])]", "[pairs[i] for i in np.sort(order)]"),
             ("other pairs are held out", "np.random.default_rng(0).permutation(len(pairs))", "np.random.default_rng(1).permutation(len(pairs))"),
         ],

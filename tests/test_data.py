@@ -7,6 +7,7 @@ import math
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -452,3 +453,20 @@ def test_held_out_pairs(n, size):
     assert sorted(sum(number, [])) == list(range(n)) and len(held) == min(size, n // 3)
     assert all(numbers == sorted(numbers) for numbers in number)
     assert number[1] == sorted(np.random.default_rng(0).permutation(n).tolist()[: len(held)])  # as in earlier versions
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_no_held_out_pair_is_trained_on(tmp_path, own_file, capsys):
+    rows = [json.dumps({"prompt": [1], "chosen": [2, i], "rejected": [3]}) for i in range(30)]
+    (tmp_path / "a").write_text("\n".join(rows))
+    (tmp_path / "b").write_text("\n".join(rows[:5]))
+    flags = SimpleNamespace(max_length=9, max_prompt_length=4, skip_bad_rows=False, data=(str(tmp_path / "a"),))
+    flags.eval_data, flags.eval_size = (str(tmp_path / "b"),) if own_file else (), 7
+    pairs, held = data.read_pairs(flags, None, SimpleNamespace(vocab_size=30, max_position_embeddings=9))
+    lines = [p.line for p in pairs], [p.line for p in held]
+    if own_file:
+        assert lines == (list(range(1, 31)), list(range(1, 6))) and {p.file for p in held} == {str(tmp_path / "b")}
+    else:
+        assert len(held) == 7 and sorted(lines[0] + lines[1]) == list(range(1, 31))
+    said = capsys.readouterr().out
+    assert ("5 pairs kept" if own_file else "held out: 7 of them, 23 to train on") in said
