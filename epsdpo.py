@@ -209,8 +209,7 @@ def _increments(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     of small terms and lose nothing. If a logit is not finite, m is not, and then c and the KL are NaN.
     """
     y = labels[:, None]  # (n, 1)
-    # Softmax by hand: exp is the slowest pass over the logits (log_softmax needs it twice), and this sum is more exact.
-    top = f.amax(-1, keepdim=True)  # (n, 1)
+    top = f.amax(-1, keepdim=True)  # (n, 1). This softmax takes one slow pass, exp, not two, and is more exact
     p = (f - top).exp_()  # (n, V)
     total = p.sum(-1, keepdim=True)
     p /= total
