@@ -1,4 +1,4 @@
-"""ε-DPO: DPO with its own KL penalty β for every preference pair (arXiv 2502.13177), in plain PyTorch.
+"""ε-DPO: DPO in which every preference pair gets its own KL penalty β (arXiv 2502.13177), in plain PyTorch.
 
 DPO treats a pair (chosen y_w, rejected y_l) as a coin with P(y_w ≻ y_l) = σ(β·margin), where β is the KL penalty and
 margin = [log π_θ(y_w) − log π_ref(y_w)] − [log π_θ(y_l) − log π_ref(y_l)].
@@ -17,15 +17,15 @@ The file follows the data: perturbed logits → numbers per token → sums per r
 
 PORTING NOTES (for a port to another framework or language)
   Port first   `token_stats_by_definition` (the method, ten lines), `beta_steps`, `epsdpo_loss`, `next_beta`.
-  Port next    `token_stats`: the same numbers without cancellation. It makes steps right near the reference.
+  Port next    `token_stats`: the same numbers without cancellation. It makes float32 steps right near the reference.
   Skip         `linear_token_stats` (it saves memory), the tiles (they save time).
   What ports get wrong                            what shows it
-    three log-softmaxes subtracted in float32       steps near the reference are rounding: small logit differences
-    logits in bf16 or fp16, or a head under autocast   the same, much earlier; casting up afterwards rescues nothing
-    β per micro-batch, or a mean of means           next β of uneven splits differs from next β of the whole
+    three log-softmaxes subtracted in float32       wrong steps where logits differ little
+    logits in bf16 or fp16, or a head under autocast   the same, much earlier; casting up afterwards does not help
+    β per micro-batch, or a mean of means           the next β depends on how the batch was cut
     β̃ with gradient                                 the gradient differs from DPO's at β̃
     ε_c and ε_s mixed up; ε and −ε swapped           steps or β̃ differ once ε_c ≠ ε_s; every step has the other sign
-    a token mean instead of the response's sum      a pair whose responses differ in length
+    a token mean instead of the response's sum      wrong for pairs whose responses differ in length
 
   Paper's text                          authors' code                            here
   one ε                                 one ε                                    ε_c in the check, ε_s in the step
@@ -87,7 +87,7 @@ def perturbed_logits(policy_logits: Tensor, ref_logits: Tensor, s: float) -> Ten
 def token_stats_by_definition(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, epsilon_check: float
 ) -> TokenStats:
-    """The method as the paper states it: subtract log-softmaxes of three logits and of the reference's, in float64.
+    """The method as the paper states it: differences of log-softmaxes of mixed logits, in float64.
 
     Read and port this one. `token_stats` stays exact where these differences cancel. Same arguments and errors.
     """
@@ -132,7 +132,7 @@ def linear_token_stats(
     epsilon_check: float,
     chunk_size: int = 256,
 ) -> TokenStats:
-    """`token_stats` of the logits hidden @ weight.T, holding at most `chunk_size` rows of logits at a time.
+    """`token_stats` of the logits hidden @ weight.T, computing the logits of at most `chunk_size` tokens at a time.
 
     Hidden states (M, D) and output matrices (V, D), each model with its own D; labels (M,), int64. The matmuls run in
     float32 or better, outside autocast: logits rounded to bf16 cannot be repaired. Gradient reaches `policy_hidden`
@@ -146,7 +146,7 @@ def linear_token_stats(
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """Computes logits by chunks, and again in backward (not the last chunk's). Adds all into one (V, D) gradient."""
+    """Computes logits in chunks, and all but the last chunk's again in backward, into one (V, D) gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
@@ -171,13 +171,13 @@ class _LinearTokenStats(torch.autograd.Function):
         logits, ctx.last_logits = ctx.last_logits, None  # a second backward computes them again
         with torch.autocast(hidden.device.type, enabled=False):
             for start in reversed(range(0, len(hidden), ctx.chunk_size)):
-                rows = slice(start, start + ctx.chunk_size)
-                h, g, y = hidden[rows].to(w.dtype), grad[rows, None], labels[rows, None]
+                chunk = slice(start, start + ctx.chunk_size)
+                h, g, y = hidden[chunk].to(w.dtype), grad[chunk, None], labels[chunk, None]
                 logits = h @ w.T if logits is None else logits  # (chunk, V)
                 # ∂ logp / ∂ logits = onehot(y) − p, times the gradient that arrives at the token's logp
                 g_logits = logits.softmax(-1).mul_(-g).scatter_add_(-1, y, g)
                 logits = None
-                grad_hidden[rows] = g_logits @ w
+                grad_hidden[chunk] = g_logits @ w
                 grad_weight.addmm_(g_logits.T, h)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
@@ -209,7 +209,7 @@ def _increments(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     of small terms and lose nothing. If a logit is not finite, m is not, and then c and the KL are NaN.
     """
     y = labels[:, None]  # (n, 1)
-    top = f.amax(-1, keepdim=True)  # (n, 1). This softmax takes one slow pass, exp, not two, and is more exact
+    top = f.amax(-1, keepdim=True)  # (n, 1). Softmax by hand: one pass of exp, where log_softmax needs two; more exact
     p = (f - top).exp_()  # (n, V)
     total = p.sum(-1, keepdim=True)
     p /= total
@@ -253,7 +253,7 @@ def _log_mean_exp_by_moments(p: Tensor, c: Tensor, reach: Tensor, points: tuple[
 
 
 def _log_mean_exp(p: Tensor, log_p: Tensor, x: Tensor) -> Tensor:
-    """log E_p[exp(x)], (n,), for float64 x (n, V) with E_p[x] = 0."""
+    """log E_p[exp(x)], (n,), for float64 x (n, V) with E_p[x] = 0. Near zero h is its Taylor series."""
     tilted = log_p + x
     large = tilted.logsumexp(-1)
     series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8 * (1 + x / 9)))))))
@@ -346,10 +346,10 @@ def _check_shapes(fit: bool, expected: str, *tensors: Tensor) -> None:
 
 
 def _check_logits(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, epsilon_check: float) -> None:
-    logits, vocab = (policy_logits, ref_logits), policy_logits.shape[-1] if policy_logits.ndim else 0
-    fit = vocab > 0 and all(x.shape == (*labels.shape, vocab) for x in logits)
-    _check_shapes(fit, "logits (..., V) of both models and labels (...)", *logits, labels)
-    _check_values(logits, labels, vocab, epsilon_check)
+    vocab = policy_logits.shape[-1] if policy_logits.ndim else 0
+    fit = vocab > 0 and policy_logits.shape == ref_logits.shape == (*labels.shape, vocab)
+    _check_shapes(fit, "logits (..., V) of both models and labels (...)", policy_logits, ref_logits, labels)
+    _check_values((policy_logits, ref_logits), labels, vocab, epsilon_check)
 
 
 def _check_linear(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check: float, chunk_size: int) -> None:

@@ -216,7 +216,7 @@ class GPT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
-        self.source: str | None = None  # the folder it was loaded from
+        self.folder: str | None = None  # where it was loaded from
         self.model = nn.Module()  # exists only for the prefix "model." of the checkpoint's names
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -233,7 +233,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, positions=None, segments=None, source=None, head=None, cache=None):
-        """Logits (B, T, V); with `source` hidden states (M, D); with both, `head(hidden, output matrix (V, D))`.
+        """Logits (B, T, V); given `source`, hidden states (M, D); given `head` too, head(hidden, output matrix (V, D)).
 
         tokens, positions, segments: integers (B, T); without the last two each row is one plain sequence.
         source: (M,) indices into the flattened B·T. head: a function; it runs in here because FSDP2 gathers the whole
@@ -250,14 +250,14 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         with torch.autocast(tokens.device.type, enabled=False):
             cos, sin = rope(self.config, positions[:, -T:])
-        windows, causal = self.config.windows, segments is None and cache is None
-        masks = {w: visible(positions, segments, w)[:, :, -T:] for w in set(windows) if not causal or w is not None}
+        causal = segments is None and cache is None  # then layers without a window need no mask, see Attention
+        masks = {w: visible(positions, segments, w)[:, :, -T:] for w in set(self.config.windows) if w or not causal}
         places = None if segments is None else (segments[:, -T:] >= 0).flatten().nonzero().squeeze(-1)
         unpadded = Unpadded((B, T), None if places is None or len(places) == B * T else places)
 
         x = self.model.embed_tokens(unpadded.unpad(tokens))  # (N, D)
         for i, layer in enumerate(self.model.layers):
-            inputs = (x, unpadded, cos, sin, masks.get(windows[i]), None if cache is None else cache[i])
+            inputs = (x, unpadded, cos, sin, masks.get(self.config.windows[i]), None if cache is None else cache[i])
             x = recompute(layer, *inputs) if self.gradient_checkpointing else layer(*inputs)
         x = unpadded.pad(x)  # (B, T, D)
         if source is not None:
@@ -285,7 +285,7 @@ class GPT(nn.Module):
         answers, cache = [[] for _ in prompts], [[] for _ in self.model.layers]
         for _ in range(max_new_tokens):
             positions = (segments == 0).cumsum(1) - 1
-            last = torch.arange(1, len(prompts) + 1, device=device) * tokens.shape[1] - 1
+            last = torch.arange(1, len(prompts) + 1, device=device) * tokens.shape[1] - 1  # (B,) flat: the newest ones
             logits = self(tokens, positions, segments, last, F.linear, cache).float()  # (B, V)
             best, tokens = logits.max(-1, keepdim=True)  # (B, 1): from now on only the newest token
             if temperature > 0:

@@ -30,10 +30,10 @@ from support.cached_reference import CachedReference
 from support.checkpoint import check_model, load_model, read_config
 from support.data import print_pairs, read_pairs
 from support.device import autocast, clip_gradient, loss_scales, my_micro_batches, rank_and_world, sum_over_processes
-from support.flags import Like, OfJob, fill_in, flag, one_line_errors, parse_flags, resume_command
+from support.flags import PerJob, SameAs, fill_in, flag, one_line_errors, parse_flags, resume_command
 from support.metrics import means, speed, standard_errors, totals
 from support.report import answers, before_and_after, forecast, is_due, pairs_seen, show_answers
-from support.rows import Batch, Pair, collate, pairs_of_step, places
+from support.rows import Batch, Pair, collate, locations, pairs_of_step
 from support.run import Run
 from support.text import Tokenizer
 
@@ -45,29 +45,29 @@ Pairs = Sequence[Pair]
 
 @dataclass
 class Flags:
-    """Every flag of the command line: its type, default, help and range."""
+    """The flags of the command line: type, default, help and range of each."""
 
     model: str = flag("", "checkpoint folder (Llama, Mistral, Qwen2 or Qwen3 family); without it the toy runs")
     data: tuple[str, ...] = flag((), "preference files: JSON lines or one JSON array, plain or .gz", needs="model")
     eval_data: tuple[str, ...] = flag((), "held-out preference files, instead of --eval-size", needs="model")
     eval_size: int = flag(128, "how many pairs of --data to hold out, at most a third of them", "[0, inf)")
     out: str = flag("", "folder for metrics, checkpoint and final model; the toy's is out/toy if none is given")
-    beta: float = flag(OfJob(toy=0.5, real=0.01), "β at the start, the KL penalty", "(0, inf)")
+    beta: float = flag(PerJob(toy=0.5, real=0.01), "β at the start, the KL penalty", "(0, inf)")
     epsilon: float = flag(0.01, "sets the next two; choose ε times the number of steps between 1 and 5", "[0, 0.5]")
-    epsilon_check: float = flag(Like("epsilon"), "ε_c, how far the check perturbs β", "[0, 1)")
-    epsilon_step: float = flag(Like("epsilon"), "ε_s, how far a step moves β; 0 is plain DPO", "[0, 0.5]")
-    lr: float = flag(OfJob(toy=1e-3, real=7e-7), "peak learning rate: linear warm-up, then cosine", "(0, inf)")
+    epsilon_check: float = flag(SameAs("epsilon"), "ε_c, how far the check perturbs β", "[0, 1)")
+    epsilon_step: float = flag(SameAs("epsilon"), "ε_s, how far a step moves β; 0 is plain DPO", "[0, 0.5]")
+    lr: float = flag(PerJob(toy=1e-3, real=7e-7), "peak learning rate: linear warm-up, then cosine", "(0, inf)")
     warmup: float = flag(0.1, "fraction of the steps that warm up", "[0, 1]")
-    batch_size: int = flag(OfJob(toy=64, real=128), "pairs in one optimizer step, over all processes", "[1, inf)")
+    batch_size: int = flag(PerJob(toy=64, real=128), "pairs in one optimizer step, over all processes", "[1, inf)")
     epochs: int = flag(1, "passes over the data", "[1, inf)")
     steps: int | None = flag(None, "optimizer steps, instead of --epochs", "[1, inf)")
     micro_tokens: int = flag(2048, "tokens in one forward pass of one process; fewer need less memory", "[1, inf)")
-    cache_reference: str = flag("", "folder that keeps the reference's hidden states (one process)", needs="model")
+    cache_reference: str = flag("", "folder to cache the reference's hidden states in (one process)", needs="model")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     clip: float = flag(1.0, "clip the gradient norm to this value", "(0, inf]")
     weight_decay: float = flag(0.0, "AdamW weight decay", "[0, inf)")
     max_length: int = flag(2048, "tokens of a prompt and one response", "[2, inf)", needs="model")
-    max_prompt_length: int | None = flag(None, "tokens a cut prompt keeps, if not half", "[1, inf)", needs="model")
+    max_prompt_length: int | None = flag(None, "least tokens of a cut prompt, if not half", "[1, inf)", needs="model")
     skip_bad_rows: bool = flag(False, "skip and count bad rows, instead of stopping at the first", needs="model")
     dtype: str = flag("float32", "16 bits: autocast over float32 weights", "float32 | float16 | bfloat16")
     device: str = flag("auto", "auto (a GPU if there is one), cpu or cuda")
@@ -105,7 +105,7 @@ class Flags:
 
 @dataclass
 class EpsDPO:
-    """What the loop asks of a method: a loss of pairs, and what changes after a step. A checkpoint saves its fields."""
+    """A method as the loop sees it: its loss, and its update after a step. A checkpoint saves its fields."""
 
     beta: float
     epsilon_check: float
@@ -125,7 +125,7 @@ def score_pairs(
 ) -> tuple[TokenStats, TokenStats]:
     """Sums (B,) over the chosen and over the rejected responses: one forward pass of each model, whatever ε is.
 
-    dtype: of the matmuls in the layers ("float32", or 16 bits by autocast). Heads and decisions are float32.
+    dtype: "float16" or "bfloat16" runs the layers under autocast, "float32" does not. Heads never have 16 bits.
     """
     inputs = (batch.tokens, batch.positions, batch.segments, batch.source)
     with autocast(dtype, batch.tokens.device):
@@ -142,25 +142,25 @@ def score_pairs(
 
 
 def run_batch(
-    policy: GPT, reference: Reference, groups: Iterable[Pairs], size: int, method: EpsDPO, flags: Flags, scale=1.0
+    policy: GPT, reference: Reference, micro_batches: Iterable[Pairs], n: int, method: EpsDPO, flags: Flags, scale=1.0
 ) -> tuple[dict[str, float], Tensor]:
-    """Add the gradient of the mean loss over `size` pairs, times `scale`, unless gradients are off.
+    """Score a batch of n pairs; with gradients on, add that of its mean loss times `scale` (float16's).
 
-    groups: the micro-batches of this process. Returns sums over the pairs of all processes, and the steps (N,) of this
+    micro_batches: this process's share. Returns sums over the pairs of all processes, and the steps (N,) of this
     process's pairs. Raises ValueError naming the rows whose logits are not finite.
     """
     parts, steps = [], []
-    for pairs in groups:
+    for pairs in micro_batches:
         batch = collate(pairs).to(policy.lm_head.weight.device)
         try:
             chosen, rejected = score_pairs(policy, reference, batch, method.epsilon_check, flags.dtype)
             out = method.loss(chosen, rejected, batch)
         except ValueError as e:
-            raise ValueError(f"{places(pairs)}: {e}") from e
+            raise ValueError(f"{locations(pairs)}: {e}") from e
         if torch.is_grad_enabled():
-            # FSDP averages gradients over the processes: sum · world / size makes that the mean over all pairs.
-            (out.losses.sum() * (scale * rank_and_world()[1] / size)).backward()
-        parts.append(totals(out, chosen, rejected, batch, method.beta))
+            # FSDP averages gradients over the processes: sum · world / n makes that the mean over all pairs.
+            (out.losses.sum() * (scale * rank_and_world()[1] / n)).backward()
+        parts.append(totals(out, chosen, rejected, batch, method.beta))  # metrics, and the counts for the next β
         steps.append(out.step)
     return sum_over_processes(parts), torch.cat(steps)
 
@@ -174,15 +174,15 @@ def train_step(
     """
     started, beta = time.perf_counter(), method.beta
     micro_batches = my_micro_batches(batch, flags.micro_tokens)
-    for scale in loss_scales(flags.dtype, len(batch) / beta):  # [1.0]; float16 tries smaller ones if one overflows
+    for scale in loss_scales(flags.dtype, len(batch) / beta):  # [1.0]; float16: from batch/β, gradients near ½, down
         optimizer.zero_grad()
         sums, _ = run_batch(policy, reference, micro_batches, len(batch), method, flags, scale)
         norm = clip_gradient(policy, flags.clip, scale)
-        if math.isfinite(norm) or not math.isfinite(sums["loss"]):  # another scale would not change the loss
+        if math.isfinite(norm) or not math.isfinite(sums["loss"]):  # success, or a loss that no scale can repair
             break
     if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
         hint = " (float16 overflows above 65504)" if flags.dtype == "float16" else ""
-        raise ValueError(f"{places(batch)}: the loss is {sums['loss'] / len(batch)}, the gradient norm {norm}{hint}")
+        raise ValueError(f"{locations(batch)}: the loss is {sums['loss'] / len(batch)}, the gradient norm {norm}{hint}")
 
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -196,7 +196,7 @@ def train_step(
 
 
 def learning_rate(step: int, steps: int, flags: Flags) -> float:
-    """Of optimizer step 0, 1, … of `steps`: linear warm-up that starts above zero, then a cosine that ends at zero."""
+    """For optimizer step 0, 1, …: a linear warm-up from above zero, then a cosine that would reach zero at `steps`."""
     warmup = math.ceil(flags.warmup * steps - 1e-9)
     if step < warmup:
         return flags.lr * (step + 1) / warmup
@@ -257,7 +257,7 @@ def train(
     optimizer = AdamW(policy.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, fused=True)
     per_epoch = math.ceil(len(pairs) / flags.batch_size)
     steps = flags.steps or flags.epochs * per_epoch
-    run.start(policy, optimizer, method, pairs, eval_pairs)
+    run.start(policy, optimizer, method, pairs, eval_pairs)  # --resume: loads the state of all three; opens the log
 
     def evaluate_if_due() -> None:
         if eval_pairs and is_due(run.done, steps, flags.eval_every) and not run.has_evaluated(run.done):
@@ -269,7 +269,7 @@ def train(
             batch = pairs_of_step(pairs, step, flags.batch_size, flags.seed)
             line = train_step(policy, reference, batch, method, optimizer, learning_rate(step, steps, flags), flags)
             run.log(step + 1, {"epoch": (step + 1) / per_epoch} | line | device.memory_gb(run.device))
-            evaluate_if_due()
+            evaluate_if_due()  # run.log has advanced run.done
             last = step + 1 == steps
             if run.must_save(last):
                 run.save()
@@ -301,7 +301,7 @@ def toy_job(flags: Flags, where: torch.device, command: str) -> None:
 
 
 def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
-    """A checkpoint folder and preference files: tokenize, say what is coming, train, leave a folder others can load."""
+    """A checkpoint folder and preference files: tokenize, forecast, train, save a folder that others can load."""
     config, folder = read_config(flags.model), Path(flags.model)
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
     one_process = rank_and_world()[1] == 1
@@ -321,7 +321,7 @@ def checkpoint_job(flags: Flags, where: torch.device, command: str) -> None:
     policy = load()
     reference = None if flags.cache_reference else load(keep_16_bit=True)
     print(forecast(policy, reference, pairs, eval_pairs, flags))
-    if reference is None:
+    if reference is None:  # the policy has not moved yet: it is the reference
         both = [*pairs, *eval_pairs]
         reference = CachedReference(policy, both, flags.cache_reference, flags.dtype, flags.micro_tokens)
     prompts = eval_pairs[: flags.samples] if can_answer else []

@@ -1,1 +1,1 @@
-"""What the three files at the top stand on: one job a file. A first reading can skip this folder."""
+"""Helpers of the three files at the top: one job a file. A first reading can skip this folder."""

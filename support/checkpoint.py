@@ -390,7 +390,7 @@ def load_model(
             value = value.to(device, parameter.dtype)
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
         parameter.data.copy_(value)
-    model.source = str(folder)
+    model.folder = str(folder)
     return model
 
 
@@ -407,7 +407,7 @@ def save_model(
     Raises ValueError for weights that are not finite in `dtype` and for a source that describes another model, OSError
     if a file cannot be written.
     """
-    folder, source = Path(folder), source or model.source
+    folder, source = Path(folder), source or model.folder
     source = Path(source) if source else None
     folder.mkdir(parents=True, exist_ok=True)
     if source and (source / "config.json").exists():

@@ -21,7 +21,7 @@ LARGEST = 2**63 - 1  # what torch and numpy hold as an integer
 
 
 @dataclass(frozen=True)
-class OfJob:
+class PerJob:
     """A default that depends on the job: on the toy world, or on real data."""
 
     toy: object
@@ -32,7 +32,7 @@ class OfJob:
 
 
 @dataclass(frozen=True)
-class Like:
+class SameAs:
     """A default that is the value of another flag."""
 
     name: str
@@ -47,7 +47,7 @@ def flag(default: object, help: str, range: str = "", needs: str = "") -> datacl
     range: "[0, 0.5]" or "(0, inf)", where a round bracket leaves the bound itself out, or "float32 | bfloat16".
     needs: a flag that must be given too, or this one would change nothing.
     """
-    special = isinstance(default, OfJob | Like)
+    special = isinstance(default, PerJob | SameAs)
     metadata = {"help": help, "range": range, "needs": needs, "default": default}
     return dataclasses.field(default=None if special else default, metadata=metadata)
 
@@ -57,9 +57,9 @@ def fill_in(flags: object, real: bool) -> None:
     fields = [field for field in dataclasses.fields(flags) if field.metadata]
     for field in fields:
         default = field.metadata["default"]
-        if getattr(flags, field.name) is None and isinstance(default, OfJob):
+        if getattr(flags, field.name) is None and isinstance(default, PerJob):
             setattr(flags, field.name, default.real if real else default.toy)
-        if getattr(flags, field.name) is None and isinstance(default, Like):
+        if getattr(flags, field.name) is None and isinstance(default, SameAs):
             setattr(flags, field.name, getattr(flags, default.name))
     for field in fields:
         value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]

@@ -93,7 +93,7 @@ def pairs_of_step(pairs: Sequence[Pair], step: int, batch_size: int, seed: int) 
     return [pairs[i] for i in order[place * batch_size :][:batch_size]]
 
 
-def places(pairs: Sequence[Pair]) -> str:
+def locations(pairs: Sequence[Pair]) -> str:
     """Where the pairs are in their files."""
     return "rows " + ", ".join(f"{Path(pair.file).name}:{pair.line}" for pair in pairs[:8]) + " …" * (len(pairs) > 8)
 

@@ -47,7 +47,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Run:
-    """What one run of `train` leaves behind. Without a folder it only collects the metrics, in `lines`.
+    """The results of one run of `train`. Without a folder it only collects the metrics, in `lines`.
 
     Use it as a context manager around the training loop: there, Ctrl-C and SIGTERM mean "stop after this step".
     """
@@ -282,7 +282,7 @@ class Run:
         whole.load_state_dict(weights)
         beside = self.out / f".model.{os.getpid()}.tmp"
         try:
-            save_model(whole, beside, source=self.policy.source)
+            save_model(whole, beside, source=self.policy.folder)
             beside.replace(self.out / "model")  # so that `model` is never half a model
         except KeyboardInterrupt:
             raise self._interrupted("interrupted while the model was written") from None

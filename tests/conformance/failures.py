@@ -81,7 +81,7 @@ class Diagnosis:
             return "\n".join([text, *self.steps_alone()])
         lines = []
         for names, n in found[:3]:
-            lines.append("   or:" if lines else "These answers are what you get by:")
+            lines.append("   or:" if lines else "These answers come from this mistake:")
             lines.append("       " + "\n       and: ".join(described(name) for name in names))
             lines.append(f"       (explains {n} of {m} failing cases)")
         return "\n".join(lines)

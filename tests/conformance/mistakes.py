@@ -60,7 +60,7 @@ class OverflowingIncrements(Oracle):
 
 
 class EpsilonSignSwapped(Oracle):
-    """ε and −ε swapped in the check: f + ε·(f − f_ref) stands for the *smaller* β, β/(1+ε)."""
+    """ε and −ε swapped in the check: f + ε·(f − f_ref) belongs to the *smaller* β, β/(1+ε)."""
 
     def tokens(self, f, r, labels, epsilon):
         return super().tokens(f, r, labels, -epsilon)
@@ -163,7 +163,7 @@ class RejectedAfterChosen(Oracle):
 
 
 class ChosenAndRejectedSwapped(Oracle):
-    """The first half of the responses is chosen, the second rejected; here it is the other way round."""
+    """Chosen and rejected swapped: the first half of the responses is chosen, the second rejected."""
 
     def step(self, minus, plus):
         return super().step(-minus, -plus)
@@ -173,7 +173,7 @@ class ChosenAndRejectedSwapped(Oracle):
 
 
 class StepsSwapped(Oracle):
-    """The direction: z(β⁻) > z(β) > z(β⁺) *lowers* β, to β/(1+ε), and is step +1."""
+    """Steps +1 and −1 swapped: z(β⁻) > z(β) > z(β⁺) *lowers* β, to β/(1+ε), and is step +1."""
 
     def step(self, minus, plus):
         return -super().step(minus, plus)
@@ -305,7 +305,7 @@ class BetaClipped(Oracle):
 
 
 class FirstOrderBeta(Oracle):
-    """β̃ = β·(1−ε) and β·(1+ε): it is β/(1+ε) and β/(1−ε)."""
+    """β̃ = β·(1−ε) and β·(1+ε) instead of β/(1+ε) and β/(1−ε)."""
 
     def beta_tilde(self, beta, step, case):
         return beta * (1 - step * case["epsilon_step"])
@@ -391,7 +391,7 @@ class BetaNotUpdated(Oracle):
 
 
 class OtherBaseline(Oracle):
-    """The other baseline: the paper's text says the arithmetic mean of β̃, the authors' code takes the harmonic one."""
+    """The next β of the other baseline: the paper's text says the arithmetic mean of β̃, the authors' code takes the harmonic one."""
 
     def next_beta(self, beta, steps, epsilon, baseline):
         return super().next_beta(beta, steps, epsilon, "arithmetic" if baseline == "harmonic" else "harmonic")
