@@ -318,6 +318,8 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
         name = len(file) < 4096 and not set(file) & set("\\:\0")
         inside = parts and name and ".." not in parts and not file.startswith("/")
         require(inside, f"{index}: expected a file of this folder, got {file!r}")
+    for file in files.values():
+        check_folder(folder, file)
     shards = {file: read_header(folder / file) for file in sorted(set(files.values()))}
     absent = [f"{name} in {file}" for name, file in files.items() if name not in shards[file]]
     require(not absent, f"{index} lists tensors that are not there: {', '.join(absent)}")
@@ -340,6 +342,8 @@ def check_model(folder: str | os.PathLike) -> tuple[GPT, dict[str, Entry]]:
     folder = Path(folder)
     config = read_config(folder)
     entries = {k: entry for k, entry in find_tensors(folder).items() if not k.endswith("rotary_emb.inv_freq")}
+    adapter = (folder / "adapter_config.json").exists()  # transformers would add it to the weights
+    require(not adapter, f"{folder} also holds a LoRA adapter: merge it (merge_and_unload of peft), or move it away")
     embedding = entries.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and embedding:
         entries.setdefault("lm_head.weight", embedding)

@@ -544,7 +544,7 @@ def test_shards_as_the_index_lists_them(own):
         with pytest.raises(kind, match=named):
             load_model(folder)
 
-    broken({name: "model-00007-of-00007.safetensors"}, "model-00007-of-00007", OSError)
+    broken({name: "model-00007-of-00007.safetensors"}, "expected model-00007-of-00007.safetensors in this", OSError)
     broken({"model.norm.weight": file}, r"model\.norm\.weight") if weight_map["model.norm.weight"] != file else None
     broken({"model.more.weight": file}, r"model\.more\.weight")
     outside = folder.parent / "outside.safetensors"
@@ -578,6 +578,15 @@ def test_a_folder_without_weights_or_config(tmp_path):
     for read in (load_model, check_model):
         with pytest.raises(OSError, match=r"expected model\.safetensors in this folder, got config\.json"):
             read(tmp_path)
+
+
+def test_an_adapter_beside_the_weights_is_not_passed_over(own):
+    """transformers would add it to them."""
+    folder = own("llama")
+    (folder / "adapter_config.json").write_text("{}")
+    for read in (load_model, check_model):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(folder))} also holds a LoRA adapter: merge it"):
+            read(folder)
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 269060552\n"
