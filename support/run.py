@@ -65,10 +65,11 @@ class Run:
         self.file = self.bar = None
         self.made_by: dict | None = None  # what made the kept pairs, if the run continues with them
         self.writes = rank_and_world()[0] == 0  # one process writes; the others may not even see the folder
-        found = [name for name in ("flags.json", *RESULTS) if (out / name).exists()] if out and flags.resume else []
-        found = from_process_0(found)
+        model, others = {"model/config.json", f"model/{SINGLE}"}, {"flags.json", "checkpoint.pt", "pairs.npz"}
+        found = [name for name in model | others if (out / name).exists()] if out and flags.resume else []
+        found = set(from_process_0(found))
         self.resumes, self.has_pairs = "checkpoint.pt" in found, "pairs.npz" in found
-        self.finished = {"flags.json", "model"} <= set(found)
+        self.finished = model < found  # a model alone may be anyone's
         if out and self.writes:
             self._claim()
         if self.finished:
@@ -81,9 +82,14 @@ class Run:
                 raise ValueError(f"--out {out}: this run would replace {path}, which it reads; choose another folder")
         with contextlib.suppress(OSError, ValueError, TypeError):
             before = dict(json.loads((out / "flags.json").read_text()))
-        if self.finished:
+        model = before.get("model", "DIR" if self.has_pairs else flags.model)  # the toy has no pairs.npz
+        if flags.resume and bool(model) != bool(flags.model):
+            whose = f"--model {model}; give --model again" if model else "the toy; leave --model out"
+            raise ValueError(f"--resume: {out} holds a run of {whose}")
+        if before and (self.resumes or self.finished):
             if differ := differences(numbers_of(before), numbers_of(vars(flags))):
-                raise ValueError(f"the finished run in {out} had other flags: {differ}; --overwrite replaces it")
+                raise ValueError(f"--resume: the run in {out} had other flags: {differ}; --overwrite replaces it")
+        if self.finished:
             return
         held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
         if held and not {"flags.json", "checkpoint.pt", "pairs.npz"} & set(held):
@@ -98,9 +104,12 @@ class Run:
             )
         if flags.resume and not self.resumes:
             print(f"--resume: {out} has no checkpoint, so the run starts from step 0")
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:  # a folder that cannot be written is an error now, not later
-            probe.write(b"x")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out) as probe:  # a folder that cannot be written is an error now, not later
+                probe.write(b"x")
+        except OSError as e:
+            raise ValueError(f"--out {out}: expected a folder that can be written: {e}") from e
 
     def saved_pairs(self, vocab_size: int) -> tuple[list[Pair], list[Pair]] | None:
         """The training and held-out pairs of the run that is resumed, or None if it kept none.
