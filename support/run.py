@@ -38,6 +38,8 @@ FREE_ON_RESUME = ("model", "out", "device", "micro_tokens", "eval_every", "save_
 FREE_ON_RESUME += ("overwrite", "gradient_checkpointing", "given")
 
 
+# How writing can fail: on a full disk, for weights that are not finite, for lack of memory.
+NOT_WRITTEN = (OSError, ValueError, RuntimeError, MemoryError)
 # What says nothing about a file's contents.
 NOT_DAMAGE = (MemoryError, torch.OutOfMemoryError, FileNotFoundError, PermissionError)
 
@@ -191,7 +193,7 @@ class Run:
         if isinstance(error, Stopped):
             raise self._interrupted(f"stopped after step {self.done}" if self.done else "stopped before step 1")
         if isinstance(error, KeyboardInterrupt):
-            raise self._interrupted(f"interrupted in step {self.step}")
+            raise self._interrupted(f"interrupted {'in' if self.done < self.step else 'after'} step {self.step}")
         if isinstance(error, (ValueError, OSError)):
             kind = ValueError if isinstance(error, ValueError) else OSError
             how = f"; {self._checkpoint('with --resume')}" if self.out else ""
@@ -282,24 +284,48 @@ class Run:
 
     # ---- the end
 
-    def finish(self) -> None:
-        """Write the final model as a folder that transformers loads, and a figure if matplotlib is installed."""
-        weights = get_model_state_dict(self.policy, options=GATHERED_ON_CPU)
-        if not self.writes:
+    def write_model(self) -> None:
+        """Write the final model as a folder that transformers loads.
+
+        If that fails, all processes save a checkpoint, because only together they can, and raise OSError.
+        """
+        if not self.out:
             return
-        whole = GPT(self.policy.config)
-        whole.load_state_dict(weights)
-        beside = self.out / f".model.{os.getpid()}.tmp"
+        failure, beside = "", self.out / f".model.{os.getpid()}-new.tmp"  # not the name that `remove` takes
         try:
-            save_model(whole, beside, source=self.policy.folder)
-            beside.replace(self.out / "model")  # so that `model` is never half a model
-        except KeyboardInterrupt:
-            raise self._interrupted("interrupted while the model was written") from None
+            weights = get_model_state_dict(self.policy, options=GATHERED_ON_CPU)  # all processes gather
+            if self.writes:
+                whole = GPT(self.policy.config)
+                whole.load_state_dict(weights)
+                save_model(whole, beside, source=self.policy.folder)
+                remove(self.out / "model")  # an empty folder, or half of a model
+                beside.replace(self.out / "model")  # so that `model` is never half a model
+        except NOT_WRITTEN as e:
+            failure = f"the model was not written: {e}"
         finally:
             remove(beside)
-        drawn = draw(self.lines, self.out / "run.svg")
-        figure = "run.svg (a figure)" if drawn else "no figure (pip install -e '.[plot]' for one)"
+        if failure := from_process_0(failure):
+            try:
+                if self.saved < self.done:
+                    self.save()
+            except NOT_WRITTEN as e:
+                failure += f"; nor was a checkpoint: {e}"
+            raise OSError(failure)
+
+    def finish(self) -> None:
+        """Draw a figure if matplotlib is installed, and print what the run has left."""
+        if not self.writes:
+            return
+        try:
+            draw(self.lines, self.out / "run.svg")
+            figure = "run.svg (a figure)"
+        except ModuleNotFoundError:
+            figure = "no figure (pip install -e '.[plot]' for one)"
+        except Exception as e:  # matplotlib fails in many ways, and the run itself has ended well
+            figure = f"no figure ({e!r})"
         print(f"\nwrote {self.out}: model/ (loads in transformers), metrics.jsonl, {figure}")
+        if self.asked:
+            raise KeyboardInterrupt("stopped after the last step; the model is written")
 
 
 # ---- files of a run --------------------------------------------------------------------------------------------------

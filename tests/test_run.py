@@ -208,3 +208,16 @@ def test_beta_far_from_its_start_is_one_warning(method, betas, warnings, capsys)
             run.log(step + 1, line)
             before = betas[step]
     assert capsys.readouterr().out.count("choose a smaller --epsilon") == warnings
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no\nway"), IsADirectoryError(21, "Is a directory"), ImportError("ABI")]
+)
+def test_a_figure_that_cannot_be_drawn_is_one_line_and_the_run_ends_well(error, folder, tmp_path, monkeypatch, capsys):
+    def figure(**options):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", SimpleNamespace(Figure=figure))
+    assert train.main(argv_of(folder, tmp_path / "out", "--steps", 2)) == 0
+    said = capsys.readouterr().out
+    assert f"metrics.jsonl, no figure ({error!r})\n" in said and "\nheld-out accuracy " in said
