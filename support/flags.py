@@ -146,7 +146,9 @@ def resume_command(argv: Sequence[str]) -> str:
 
 
 def one_line_errors(program: Callable[[], object]) -> int:
-    """Run `program`; bad input ends in one line on stderr. Returns the exit status: 0, 2 (error) or 130 (stopped)."""
+    """Run `program`; bad input ends in one line on stderr. Returns the exit status: 0, 2 (error), 130 (stopped),
+    141 (nobody reads the output)."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None after 2>&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without β or ± is no reason to stop
@@ -156,7 +158,11 @@ def one_line_errors(program: Callable[[], object]) -> int:
             program()
         return 0
     except (ValueError, OSError, ImportError) as e:
+            sys.stdout.flush()  # here, where an error is caught
         print(f"train.py: error: {e}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + 13  # as of a program that SIGPIPE ends
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 import sys
 
@@ -259,3 +260,20 @@ def test_a_terminal_without_greek_does_not_stop_a_run(encoding, folder, tmp_path
     with pytest.raises(SystemExit) as left:
         train.main(["--help"])
     assert left.value.code == 0
+
+
+def test_closed_streams_do_not_stop_a_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&- 2>&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train.main(argv_of(folder, tmp_path / "out", "--steps", 1)) == 0
+
+
+@pytest.mark.parametrize("pairs", [1, 31])
+def test_a_reader_of_the_output_that_leaves_is_no_error(pairs, folder, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", 1 if pairs > 1 else -1) as stream:  # it is noticed in a print, or in the flush at the end
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert train.main(argv_of(folder, None, "--show", pairs)) == 141
+        monkeypatch.undo()
+    assert "rror" not in capsys.readouterr().err
