@@ -63,6 +63,8 @@ def fill_in(flags: object, real: bool) -> None:
             setattr(flags, field.name, getattr(flags, default.name))
     for field in fields:
         value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]
+        if field.name in flags.given and not allowed and "" in (value if isinstance(value, tuple) else [value]):
+            raise ValueError(f"{option(field.name)} is empty: expected a value (is a shell variable not set?)")
         if allowed and value is not None and (expected := _expected(value, allowed)):
             raise ValueError(f"{option(field.name)} must be {expected} (got {value})")
         if needs and field.name in flags.given and not getattr(flags, needs):
@@ -156,13 +158,13 @@ def one_line_errors(program: Callable[[], object]) -> int:
     try:
         with handled_by(signal.default_int_handler):  # SIGTERM too raises KeyboardInterrupt
             program()
-        return 0
-    except (ValueError, OSError, ImportError) as e:
             sys.stdout.flush()  # here, where an error is caught
-        print(f"train.py: error: {e}", file=sys.stderr)
+        return 0
     except BrokenPipeError:  # whoever read the output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return 128 + 13  # as of a program that SIGPIPE ends
+    except (ValueError, OSError, ImportError) as e:
+        print(f"train.py: error: {e}", file=sys.stderr)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
             raise

@@ -451,6 +451,7 @@ MUTANTS = [
             ("the head's matrix is sharded again", "reshard_after_forward=False", "reshard_after_forward=True"),
         ],
         "support/flags.py": [
+            ("every unknown device lacks float64", "if name.startswith(\"mps\") else \"\"", "if name else \"\""),
             ("a bound that is left out is accepted", "value >= low if allowed[0] == \"[\" else value > low", "value >= low"),
             ("an upper bound that is left out is accepted", "value <= high if allowed[-1] == \"]\" else value < high", "value <= high"),
             ("errors say one bound", "return f\"between {low:g} and {high:g}\"", "return at_least"),
@@ -469,6 +470,10 @@ MUTANTS = [
             ("a terminal without Greek ends a run", "errors=\"replace\"", "errors=\"strict\""),
         ],
         "support/cached_reference.py": [
+            ("an empty text is a value", "and not allowed and \"\" in (", "and not allowed and 0 in ("),
+            ("closed streams end a run", "(stream or open(os.devnull, \"w\") for", "(stream for"),
+            ("a reader that leaves is an error", "except BrokenPipeError:", "except ZeroDivisionError:"),
+            ("output is written when Python ends", "            sys.stdout.flush()  # here, where an error is caught\n", ""),
             ("a cache for all dtypes", "{ids_hash(pairs)} {dtype}", "{ids_hash(pairs)}"),
             ("a cache for all weights", "name.update(p.detach()", "hash(p.detach()"),
             ("a cache for all configs", "{policy.config} {ids_hash(pairs)}", "{ids_hash(pairs)}"),

@@ -109,6 +109,14 @@ def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["model", "data", "eval_data", "out", "cache_reference", "device"])
+def test_an_empty_text_is_one_line_that_names_its_flag(name, capsys, tmp_path, monkeypatch, no_jobs):
+    monkeypatch.chdir(tmp_path)
+    for argv in ([*REAL, option(name), ""], [option(name), "", "--steps", "2"], [option(name), "x", option(name), ""]):
+        assert refused(argv, capsys).startswith(f"{option(name)} is empty: expected a value")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [
