@@ -145,6 +145,8 @@ MUTANTS = [
         ],
         "support/data.py": [
             ("prompt cut on its right", "prompt[len(prompt) - keep + bos :]", "prompt[bos:keep]"),
+            ("a file may be given twice", "if paths.count(path) > 1]", "if paths.count(path) > 2]"),
+            ("held-out pairs are trained on without a word", "if n := sum(ids_hash([pair]) in trained_on for pair in eval_pairs):", "if n := 0:"),
             ("responses cut by their own lengths", "max(max_length - max(len(chosen), len(rejected)), max_prompt_length)",
              "max(max_length - len(chosen), max_prompt_length)"),
             ("end token twice", "add_end = not ended and whole[-1] != tokenizer.eos", "add_end = True"),
@@ -449,9 +451,9 @@ MUTANTS = [
             ("every process decides what it resumes", "    dist.broadcast_object_list(box)\n", ""),
             ("a signal stops one process of many", "    dist.all_reduce(flag, dist.ReduceOp.MAX)\n", ""),
             ("the head's matrix is sharded again", "reshard_after_forward=False", "reshard_after_forward=True"),
+            ("every unknown device lacks float64", "if name.startswith(\"mps\") else \"\"", "if name else \"\""),
         ],
         "support/flags.py": [
-            ("every unknown device lacks float64", "if name.startswith(\"mps\") else \"\"", "if name else \"\""),
             ("a bound that is left out is accepted", "value >= low if allowed[0] == \"[\" else value > low", "value >= low"),
             ("an upper bound that is left out is accepted", "value <= high if allowed[-1] == \"]\" else value < high", "value <= high"),
             ("errors say one bound", "return f\"between {low:g} and {high:g}\"", "return at_least"),
@@ -468,12 +470,12 @@ MUTANTS = [
             ("out of memory is a traceback", "\"DefaultCPUAllocator\" not in str(e)", "True"),
             ("a stopped run is an error", "        return 130\n", "        return 2\n"),
             ("a terminal without Greek ends a run", "errors=\"replace\"", "errors=\"strict\""),
-        ],
-        "support/cached_reference.py": [
             ("an empty text is a value", "and not allowed and \"\" in (", "and not allowed and 0 in ("),
             ("closed streams end a run", "(stream or open(os.devnull, \"w\") for", "(stream for"),
             ("a reader that leaves is an error", "except BrokenPipeError:", "except ZeroDivisionError:"),
             ("output is written when Python ends", "            sys.stdout.flush()  # here, where an error is caught\n", ""),
+        ],
+        "support/cached_reference.py": [
             ("a cache for all dtypes", "{ids_hash(pairs)} {dtype}", "{ids_hash(pairs)}"),
             ("a cache for all weights", "name.update(p.detach()", "hash(p.detach()"),
             ("a cache for all configs", "{policy.config} {ids_hash(pairs)}", "{ids_hash(pairs)}"),
