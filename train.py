@@ -190,9 +190,8 @@ def train_step(
     optimizer.zero_grad()
     method.after_step(sums, policy, reference)  # β ← mean of β̃
 
-    line = {"learning_rate": lr, "grad_norm": norm, "beta": beta} | means(sums, len(batch))
-    line |= {"loss_scale": scale} if flags.dtype == "float16" else {}
-    return line | speed(batch, started)
+    line = {"learning_rate": lr, "grad_norm": norm, "beta": beta} | means(sums, len(batch)) | speed(batch, started)
+    return line | ({"loss_scale": scale} if flags.dtype == "float16" else {})
 
 
 def learning_rate(step: int, steps: int, flags: Flags) -> float:
@@ -274,6 +273,7 @@ def train(
             if run.must_save(last):
                 run.save()
             run.stop_if_asked(last)
+        run.write_model()
     return run.lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class CachedReference(torch.nn.Module):
 
     Log-probabilities would not do: the check mixes the logits of both models. Hidden states do: D numbers a token.
     `policy` must still be the reference. The file is named by a hash of all weights, token ids and the dtype, and kept.
-    Raises ValueError for a file of another size and for a folder that cannot be made.
+    Raises ValueError for a damaged file and for a folder that cannot be made.
     """
 
     def __init__(self, policy: GPT, pairs: Sequence[Pair], folder: str, dtype: str, micro_tokens: int) -> None:
@@ -41,13 +42,16 @@ class CachedReference(torch.nn.Module):
             raise ValueError(f"--cache-reference {folder}: the folder cannot be made: {e}") from e
         if not file.exists():
             replace_file(file, lambda f: f.writelines(hidden_states(policy, pairs, dtype, micro_tokens)))
-        if (found := file.stat().st_size) != 4 * shape[0] * shape[1]:
-            raise ValueError(f"{file}: expected {4 * shape[0] * shape[1]} bytes, got {found}; delete it and run again")
+        size = 4 * shape[0] * shape[1] + 4
+        if (found := file.stat().st_size) != size:
+            raise ValueError(f"{file}: expected {size} bytes, got {found}; delete it and run again")
         print(
             f"reference: {shape[0]:,} hidden states of {shape[1]} numbers in {file}, {found / 1e9:.2f} GB; the first "
             "decisions may differ from 0, because other batches round differently"
         )
         self.states = np.memmap(file, np.float32, "r", shape=shape)
+        if np.memmap(file, "<u4", "r")[-1] != zlib.crc32(self.states):
+            raise ValueError(f"{file} is damaged; delete it and run again")
         keys = (pair_key(np.concatenate(pair[:3]), len(pair.prompt), len(pair.chosen)) for pair in pairs)
         starts = np.cumsum([0, *counts])
         self.places = {key: slice(a, b) for key, a, b in zip(keys, starts, starts[1:])}
@@ -66,11 +70,14 @@ def pair_key(ids: np.ndarray, prompt: int, chosen: int) -> tuple[bytes, int, int
 
 @torch.no_grad()
 def hidden_states(policy: GPT, pairs: Sequence[Pair], dtype: str, micro_tokens: int) -> Iterator[bytes]:
-    """The hidden states of all response tokens, in the order of the pairs, a batch at a time."""
-    device = next(policy.parameters()).device
+    """The hidden states of all response tokens, in the order of the pairs, a batch at a time; then their CRC-32."""
+    device, crc = next(policy.parameters()).device, 0
     at_most = max(1, micro_tokens // max(map(row_length, pairs)))
     for i in progress_bar(range(0, len(pairs), at_most), "reference", "batch"):
         batch = collate(pairs[i : i + at_most]).to(device)
         with autocast(dtype, device):
             states = policy(batch.tokens, batch.positions, batch.segments, batch.source)  # (M, D)
-        yield states.float().cpu().numpy().tobytes()
+        part = states.float().cpu().numpy().tobytes()
+        crc = zlib.crc32(part, crc)
+        yield part
+    yield crc.to_bytes(4, "little")

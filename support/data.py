@@ -29,7 +29,7 @@ from support.device import rank_and_world
 from support.files import what_is
 from support.forms import CONTEXT, FIELDS, Example, example_of
 from support.report import progress_bar
-from support.rows import BadRow, Pair
+from support.rows import BadRow, Pair, ids_hash
 from support.text import Tokenizer
 
 MAX_LINE = 1 << 24  # bytes; a longer line is no preference pair, and a small gzip file can hold a huge one
@@ -432,6 +432,9 @@ def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tu
     """The pairs to train on and the held-out ones, from the files, with a report of what became of their rows."""
     if not flags.data:
         raise ValueError(f"--resume: {flags.out} has no pairs.npz; give --data again")
+    paths = [os.path.realpath(file) for file in (*flags.data, *flags.eval_data)]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"--data, --eval-data: {twice[0]} is given twice, so held-out pairs could be trained on")
     rules = {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "max_length": flags.max_length}
     rules |= {"max_prompt_length": flags.max_prompt_length, "skip_bad_rows": flags.skip_bad_rows}
     rules |= {"max_position_embeddings": config.max_position_embeddings, "progress": rank_and_world()[0] == 0}
@@ -445,6 +448,9 @@ def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tu
         print(f"held out: {len(eval_pairs):,} of them, {len(pairs):,} to train on")
     if not pairs or (flags.eval_data and not eval_pairs):
         raise ValueError("--data or --eval-data: no usable pair is left")
+    trained_on = {ids_hash([pair]) for pair in pairs}
+    if n := sum(ids_hash([pair]) in trained_on for pair in eval_pairs):
+        print(f"warning: {n} of the held-out pairs are also trained on")
     return pairs, eval_pairs
 
 

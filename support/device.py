@@ -78,7 +78,8 @@ def start(name: str) -> Iterator[torch.device]:
     keep_freed_memory()
     device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda (got {name}); mps has no float64, which the sums need")
+        why = "; mps has no float64, which the sums need" if name.startswith("mps") else ""
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N (got {name}){why}")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:

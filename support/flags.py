@@ -63,6 +63,8 @@ def fill_in(flags: object, real: bool) -> None:
             setattr(flags, field.name, getattr(flags, default.name))
     for field in fields:
         value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]
+        if field.name in flags.given and not allowed and "" in (value if isinstance(value, tuple) else [value]):
+            raise ValueError(f"{option(field.name)} is empty: expected a value (is a shell variable not set?)")
         if allowed and value is not None and (expected := _expected(value, allowed)):
             raise ValueError(f"{option(field.name)} must be {expected} (got {value})")
         if needs and field.name in flags.given and not getattr(flags, needs):
@@ -146,7 +148,9 @@ def resume_command(argv: Sequence[str]) -> str:
 
 
 def one_line_errors(program: Callable[[], object]) -> int:
-    """Run `program`; bad input ends in one line on stderr. Returns the exit status: 0, 2 (error) or 130 (stopped)."""
+    """Run `program`; bad input ends in one line on stderr. Returns the exit status: 0, 2 (error), 130 (stopped),
+    141 (nobody reads the output)."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None after 2>&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without β or ± is no reason to stop
@@ -154,7 +158,11 @@ def one_line_errors(program: Callable[[], object]) -> int:
     try:
         with handled_by(signal.default_int_handler):  # SIGTERM too raises KeyboardInterrupt
             program()
+            sys.stdout.flush()  # here, where an error is caught
         return 0
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + 13  # as of a program that SIGPIPE ends
     except (ValueError, OSError, ImportError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
     except (MemoryError, RuntimeError) as e:

@@ -73,12 +73,10 @@ def before_and_after(lines: list[dict[str, float]], beta: float) -> str:
     return "\n".join([f"{'':24}{'before':>12}{'after':>12}", *table])
 
 
-def draw(lines: list[dict[str, float]], path: Path) -> bool:
-    """A figure of the run; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw(lines: list[dict[str, float]], path: Path) -> None:
+    """A figure of the run. Raises ModuleNotFoundError without matplotlib."""
+    from matplotlib.figure import Figure
+
     panels = (
         ("loss",),
         ("beta",),
@@ -95,7 +93,6 @@ def draw(lines: list[dict[str, float]], path: Path) -> bool:
         axes.set_xlabel("optimizer step")
         axes.legend(frameon=False)
     figure.savefig(path)
-    return True
 
 
 def forecast(

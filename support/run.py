@@ -38,6 +38,8 @@ FREE_ON_RESUME = ("model", "out", "device", "micro_tokens", "eval_every", "save_
 FREE_ON_RESUME += ("overwrite", "gradient_checkpointing", "given")
 
 
+# How writing can fail: on a full disk, for weights that are not finite, for lack of memory.
+NOT_WRITTEN = (OSError, ValueError, RuntimeError, MemoryError)
 # What says nothing about a file's contents.
 NOT_DAMAGE = (MemoryError, torch.OutOfMemoryError, FileNotFoundError, PermissionError)
 
@@ -65,10 +67,11 @@ class Run:
         self.file = self.bar = None
         self.made_by: dict | None = None  # what made the kept pairs, if the run continues with them
         self.writes = rank_and_world()[0] == 0  # one process writes; the others may not even see the folder
-        found = [name for name in ("flags.json", *RESULTS) if (out / name).exists()] if out and flags.resume else []
-        found = from_process_0(found)
+        model, others = {"model/config.json", f"model/{SINGLE}"}, {"flags.json", "checkpoint.pt", "pairs.npz"}
+        found = [name for name in model | others if (out / name).exists()] if out and flags.resume else []
+        found = set(from_process_0(found))
         self.resumes, self.has_pairs = "checkpoint.pt" in found, "pairs.npz" in found
-        self.finished = {"flags.json", "model"} <= set(found)
+        self.finished = model < found  # a model alone may be anyone's
         if out and self.writes:
             self._claim()
         if self.finished:
@@ -81,9 +84,14 @@ class Run:
                 raise ValueError(f"--out {out}: this run would replace {path}, which it reads; choose another folder")
         with contextlib.suppress(OSError, ValueError, TypeError):
             before = dict(json.loads((out / "flags.json").read_text()))
-        if self.finished:
+        model = before.get("model", "DIR" if self.has_pairs else flags.model)  # the toy has no pairs.npz
+        if flags.resume and bool(model) != bool(flags.model):
+            whose = f"--model {model}; give --model again" if model else "the toy; leave --model out"
+            raise ValueError(f"--resume: {out} holds a run of {whose}")
+        if before and (self.resumes or self.finished):
             if differ := differences(numbers_of(before), numbers_of(vars(flags))):
-                raise ValueError(f"the finished run in {out} had other flags: {differ}; --overwrite replaces it")
+                raise ValueError(f"--resume: the run in {out} had other flags: {differ}; --overwrite replaces it")
+        if self.finished:
             return
         held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
         if held and not {"flags.json", "checkpoint.pt", "pairs.npz"} & set(held):
@@ -98,9 +106,12 @@ class Run:
             )
         if flags.resume and not self.resumes:
             print(f"--resume: {out} has no checkpoint, so the run starts from step 0")
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:  # a folder that cannot be written is an error now, not later
-            probe.write(b"x")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out) as probe:  # a folder that cannot be written is an error now, not later
+                probe.write(b"x")
+        except OSError as e:
+            raise ValueError(f"--out {out}: expected a folder that can be written: {e}") from e
 
     def saved_pairs(self, vocab_size: int) -> tuple[list[Pair], list[Pair]] | None:
         """The training and held-out pairs of the run that is resumed, or None if it kept none.
@@ -182,7 +193,7 @@ class Run:
         if isinstance(error, Stopped):
             raise self._interrupted(f"stopped after step {self.done}" if self.done else "stopped before step 1")
         if isinstance(error, KeyboardInterrupt):
-            raise self._interrupted(f"interrupted in step {self.step}")
+            raise self._interrupted(f"interrupted {'in' if self.done < self.step else 'after'} step {self.step}")
         if isinstance(error, (ValueError, OSError)):
             kind = ValueError if isinstance(error, ValueError) else OSError
             how = f"; {self._checkpoint('with --resume')}" if self.out else ""
@@ -273,24 +284,48 @@ class Run:
 
     # ---- the end
 
-    def finish(self) -> None:
-        """Write the final model as a folder that transformers loads, and a figure if matplotlib is installed."""
-        weights = get_model_state_dict(self.policy, options=GATHERED_ON_CPU)
-        if not self.writes:
+    def write_model(self) -> None:
+        """Write the final model as a folder that transformers loads.
+
+        If that fails, all processes save a checkpoint, because only together they can, and raise OSError.
+        """
+        if not self.out:
             return
-        whole = GPT(self.policy.config)
-        whole.load_state_dict(weights)
-        beside = self.out / f".model.{os.getpid()}.tmp"
+        failure, beside = "", self.out / f".model.{os.getpid()}-new.tmp"  # not the name that `remove` takes
         try:
-            save_model(whole, beside, source=self.policy.folder)
-            beside.replace(self.out / "model")  # so that `model` is never half a model
-        except KeyboardInterrupt:
-            raise self._interrupted("interrupted while the model was written") from None
+            weights = get_model_state_dict(self.policy, options=GATHERED_ON_CPU)  # all processes gather
+            if self.writes:
+                whole = GPT(self.policy.config)
+                whole.load_state_dict(weights)
+                save_model(whole, beside, source=self.policy.folder)
+                remove(self.out / "model")  # an empty folder, or half of a model
+                beside.replace(self.out / "model")  # so that `model` is never half a model
+        except NOT_WRITTEN as e:
+            failure = f"the model was not written: {e}"
         finally:
             remove(beside)
-        drawn = draw(self.lines, self.out / "run.svg")
-        figure = "run.svg (a figure)" if drawn else "no figure (pip install -e '.[plot]' for one)"
+        if failure := from_process_0(failure):
+            try:
+                if self.saved < self.done:
+                    self.save()
+            except NOT_WRITTEN as e:
+                failure += f"; nor was a checkpoint: {e}"
+            raise OSError(failure)
+
+    def finish(self) -> None:
+        """Draw a figure if matplotlib is installed, and print what the run has left."""
+        if not self.writes:
+            return
+        try:
+            draw(self.lines, self.out / "run.svg")
+            figure = "run.svg (a figure)"
+        except ModuleNotFoundError:
+            figure = "no figure (pip install -e '.[plot]' for one)"
+        except Exception as e:  # matplotlib fails in many ways, and the run itself has ended well
+            figure = f"no figure ({e!r})"
         print(f"\nwrote {self.out}: model/ (loads in transformers), metrics.jsonl, {figure}")
+        if self.asked:
+            raise KeyboardInterrupt("stopped after the last step; the model is written")
 
 
 # ---- files of a run --------------------------------------------------------------------------------------------------

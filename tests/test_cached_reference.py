@@ -33,7 +33,7 @@ def test_a_cached_reference_gives_the_references_hidden_states_without_running_i
     arguments = pairs, str(tmp_path / "cache"), dtype, flags.micro_tokens
     cached = CachedReference(reference, *arguments)
     (file,) = (tmp_path / "cache").iterdir()
-    assert file.stat().st_size == 4 * 16 * sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    assert file.stat().st_size == 4 * 16 * sum(len(p.chosen) + len(p.rejected) for p in pairs) + 4
     for group in ([0], [8, 3], [2, 1, 0, 5], list(range(9))[::-1]):  # any order, any company
         batch = collate([pairs[i] for i in group])
         where = (batch.tokens, batch.positions, batch.segments, batch.source, lambda *both: both)
@@ -90,6 +90,10 @@ def test_a_cache_belongs_to_its_pairs_model_and_dtype(tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match=f"{first.name}: expected {len(whole)} bytes, got {len(damaged)}; delete it"
         ):
+            make()
+    for at in (0, len(whole) // 2, len(whole) - 1):
+        first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=f"{first.name} is damaged; delete it and run again"):
             make()
     first.unlink()
     hidden_states = cached_reference.hidden_states

@@ -470,3 +470,15 @@ def test_no_held_out_pair_is_trained_on(tmp_path, own_file, capsys):
         assert len(held) == 7 and sorted(lines[0] + lines[1]) == list(range(1, 31))
     said = capsys.readouterr().out
     assert ("5 pairs kept" if own_file else "held out: 7 of them, 23 to train on") in said
+    assert ("warning: 5 of the held-out pairs are also trained on" in said) == own_file == ("warning" in said)
+
+
+def test_a_file_that_is_given_twice_is_refused(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, [ROW])
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    a, b, link, other = (str(tmp_path / name) for name in ("a", "b", "link", "x/../a"))
+    for train, held in (([a, b, a], []), ([b, a], [a]), ([a], [b, link]), ([a], [other]), ([b], [a, a])):
+        flags = SimpleNamespace(data=tuple(train), eval_data=tuple(held))
+        with pytest.raises(ValueError, match=f"--data, --eval-data: {a} is given twice"):
+            data.read_pairs(flags, None, None)

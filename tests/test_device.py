@@ -139,6 +139,13 @@ def test_fsdp_that_needs_gpus_is_one_line(monkeypatch, capsys):
     assert code == 2 and f"torch {torch.__version__} needs GPUs" in err
 
 
+@pytest.mark.parametrize("name", ["gpu", "CPU", "mps", "mps:0"])
+def test_an_unknown_device_is_one_line_with_those_that_there_are(name, capsys):
+    code, err = ended(["--device", name], capsys)
+    assert code == 2 and f"--device must be auto, cpu, cuda or cuda:N (got {name})" in err
+    assert ("mps has no float64" in err) == name.startswith("mps")
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 

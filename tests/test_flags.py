@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 import sys
 
@@ -106,6 +107,14 @@ def test_a_bad_value_is_one_line_that_names_its_flag(flag, value, folder, tmp_pa
     said = refused([*argv_of(folder, tmp_path / "out"), f"--{flag}", value], capsys)
     assert re.search(rf"--{flag}(?![\w-])", said), said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "data", "eval_data", "out", "cache_reference", "device"])
+def test_an_empty_text_is_one_line_that_names_its_flag(name, capsys, tmp_path, monkeypatch, no_jobs):
+    monkeypatch.chdir(tmp_path)
+    for argv in ([*REAL, option(name), ""], [option(name), "", "--steps", "2"], [option(name), "x", option(name), ""]):
+        assert refused(argv, capsys).startswith(f"{option(name)} is empty: expected a value")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -259,3 +268,20 @@ def test_a_terminal_without_greek_does_not_stop_a_run(encoding, folder, tmp_path
     with pytest.raises(SystemExit) as left:
         train.main(["--help"])
     assert left.value.code == 0
+
+
+def test_closed_streams_do_not_stop_a_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&- 2>&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train.main(argv_of(folder, tmp_path / "out", "--steps", 1)) == 0
+
+
+@pytest.mark.parametrize("pairs", [1, 31])
+def test_a_reader_of_the_output_that_leaves_is_no_error(pairs, folder, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", 1 if pairs > 1 else -1) as stream:  # it is noticed in a print, or in the flush at the end
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert train.main(argv_of(folder, None, "--show", pairs)) == 141
+        monkeypatch.undo()
+    assert "rror" not in capsys.readouterr().err

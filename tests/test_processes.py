@@ -317,6 +317,15 @@ def test_a_fault_in_one_process_ends_all_at_once(fault, folder, undisturbed, tmp
     assert snapshot(undisturbed / "model") == snapshot(out / "model") and read_metrics(undisturbed) == read_metrics(out)
 
 
+def test_a_model_that_cannot_be_written_leaves_a_checkpoint_of_all(folder, undisturbed, tmp_path):
+    argv = argv_of(folder, tmp_path / "out")
+    before = "import support.run\ndef fail(*a, **k): raise OSError('no room')\nsupport.run.save_model = fail"
+    codes, logs = run_many(argv, tmp_path, before={0: before})
+    assert codes == [2, 2] and "no room; continue from the checkpoint of step 12 with --resume" in logs[0], logs
+    two([*argv, "--resume"], tmp_path)
+    assert snapshot(undisturbed / "model") == snapshot(tmp_path / "out" / "model")
+
+
 def test_weights_that_are_not_finite_in_the_rows_of_one_process_stop_all(folder, tmp_path):
     rows = id_rows(8, vocab=VOCAB - 1)
     rows[2]["chosen"] = [VOCAB - 1, *rows[2]["chosen"]]

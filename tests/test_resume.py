@@ -112,13 +112,14 @@ def test_a_signal_in_every_step_saves_and_says_how_to_continue(number, folder, u
     assert end_of(out) == undisturbed
 
 
-def test_a_signal_in_the_last_step_changes_nothing_if_no_evaluation_is_due(folder, tmp_path):
+def test_a_signal_in_the_last_step_waits_for_the_model_if_no_evaluation_is_due(folder, tmp_path, capsys):
     argv = [*argv_of(folder, None), "--eval-size", "0"]
     argv = [a for a in argv if a not in ("--eval-data", str(folder / "held.jsonl"))]
     assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     with pytest.MonkeyPatch.context() as m:
         at_step(m, STEPS - 1, interrupt)
-        assert train.main([*argv, "--out", str(tmp_path / "out")]) == 0
+        code, said = ended([*argv, "--out", tmp_path / "out"], capsys)
+    assert (code, said) == (130, "train.py: stopped after the last step; the model is written")
     assert end_of(tmp_path / "out") == end_of(tmp_path / "whole")
 
 
@@ -342,15 +343,59 @@ def test_a_signal_before_training_is_one_line(where, number, folder, tmp_path, c
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["get_model_state_dict", "GPT", "save_model", "draw"])
+def test_a_signal_after_the_last_step_waits_for_the_model(where, number, folder, undisturbed, tmp_path, capsys):
+    argv = argv_of(folder, tmp_path / "out", "--eval-every", 5)
+    original = getattr(support.run, where)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(support.run, where, lambda *a, **k: [os.kill(os.getpid(), number), original(*a, **k)][1])
+        code, said = ended(argv, capsys)
+    late = where == "draw"  # then the model is there, and the signal is not waited with
+    assert (
+        code == 130
+        and said == f"train.py: {'interrupted' if late else 'stopped after the last step; the model is written'}"
+    )
+    assert end_of(tmp_path / "out") == undisturbed
+
+
+FAILURES = [OSError(28, "No space left on device"), ValueError("not finite"), RuntimeError("full"), MemoryError("all")]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_model_that_cannot_be_written_leaves_a_checkpoint(error, folder, undisturbed, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = argv_of(folder, out, "--eval-every", 5)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(support.run, "save_model", lambda *a, **k: (_ for _ in ()).throw(error))
+        code, said = ended(argv, capsys)
+    assert code == 2 and f"the model was not written: {error}; continue from the checkpoint of step 12 with" in said
+    assert not (out / "model").exists() and not list(out.glob(".*"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "train_step", None)
+        assert train.main([*argv, "--resume"]) == 0
+    assert end_of(out) == undisturbed
+
+
+def test_a_disk_too_full_for_model_and_checkpoint_is_one_line_about_both(folder, tmp_path):
+    limit = (folder / "model" / "model.safetensors").stat().st_size - 100
+    code, log = run(argv_of(folder, tmp_path / "out"), tmp_path, limit=limit)
+    last = log.strip().splitlines()[-1]
+    assert code == 2 and re.search("the model was not written: .*; nor was a checkpoint: .*checkpoint.pt", last), log
+    assert "no checkpoint was saved (--save-every" in last and "Traceback" not in log
+
+
 @pytest.mark.parametrize("saves", [[], ["--save-every", "5"]])
-def test_a_signal_while_the_model_is_written_leaves_a_run_to_resume(saves, folder, undisturbed, tmp_path, capsys):
+def test_a_second_signal_while_the_model_is_written_leaves_a_run_to_resume(
+    saves, folder, undisturbed, tmp_path, capsys
+):
     out = tmp_path / "out"
     argv = argv_of(folder, out, "--eval-every", 5, *saves)
     with pytest.MonkeyPatch.context() as m:
         save = support.run.save_model
-        m.setattr(support.run, "save_model", lambda *a, **k: [save(*a, **k), interrupt()])
+        m.setattr(support.run, "save_model", lambda *a, **k: [save(*a, **k), interrupt(), interrupt()])
         code, said = ended(argv, capsys, lines=2)
-    assert code == 130 and "interrupted while the model was written" in said and "--resume" in said.splitlines()[1]
+    assert code == 130 and "interrupted after step 12" in said and "--resume" in said.splitlines()[1]
     assert ("continue from the checkpoint of step 12" if saves else "no checkpoint was saved") in said
     assert not (out / "model").exists() and not list(out.glob(".*"))
     assert train.main([*argv, "--resume"]) == 0
@@ -616,12 +661,21 @@ THERE = {  # of `stopped`
 
 
 @pytest.mark.parametrize("flag", OTHER)
-def test_other_flags_are_refused_and_nothing_is_touched(flag, folder, own, capsys):
+def test_other_flags_are_refused_at_once_and_nothing_is_touched(flag, folder, own, monkeypatch, capsys):
     before = snapshot(own)
+    monkeypatch.setattr(train, "load_model", None)
     code, said = ended(argv_of(folder, own, "--resume", "--eval-every", 5, f"--{flag}", OTHER[flag]), capsys)
-    assert code == 2 and ("pairs.npz" if flag == "max-length" else "checkpoint.pt") in said
+    assert code == 2 and str(own / "pairs.npz" if flag == "max-length" else own) in said
     name = {"epsilon": "epsilon_check"}.get(flag, flag.replace("-", "_"))
     assert f"{name} was {THERE[flag]} there, is {OTHER[flag].replace('2e-2', '0.02')} here" in said, said
+    assert snapshot(own) == before
+
+
+def test_a_checkpoint_knows_its_flags_without_flags_json(folder, own, capsys):
+    (own / "flags.json").unlink()
+    before = snapshot(own)
+    code, said = ended(argv_of(folder, own, "--resume", "--eval-every", 5, "--lr", "2e-2"), capsys)
+    assert code == 2 and str(own / "checkpoint.pt") in said and "lr was 0.01 there, is 0.02 here" in said
     assert snapshot(own) == before
 
 
@@ -699,7 +753,7 @@ def test_the_same_weights_under_another_config_are_another_model(folder, own, tm
 def test_the_toy_does_not_go_on_with_a_real_run(own, quick_toy, capsys):
     before = snapshot(own)
     code, said = ended(["--resume", "--out", own, "--eval-size", "8", "--batch-size", "32"], capsys)
-    assert code == 2 and "checkpoint.pt" in said and snapshot(own) == before
+    assert code == 2 and "give --model again" in said and snapshot(own) == before
 
 
 class Evil:
@@ -906,7 +960,8 @@ def test_a_real_run_ends_in_a_table_answers_and_what_was_written(plot, folder, t
     (model / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(train.Tokenizer, "from_pretrained", lambda _: Words())
     drawn = []
-    monkeypatch.setattr(support.run, "draw", lambda lines, path: drawn.append((lines, path)) or plot)
+    if plot:
+        monkeypatch.setattr(support.run, "draw", lambda lines, path: drawn.append(path))
     out = tmp_path / "out"
     methods, after_step = [], train.EpsDPO.after_step
     monkeypatch.setattr(train.EpsDPO, "after_step", lambda self, *a: methods.append(self) or after_step(self, *a))
@@ -931,7 +986,7 @@ def test_a_real_run_ends_in_a_table_answers_and_what_was_written(plot, folder, t
     assert before != after
     assert f"wrote {out}: " in said and "model/ (loads in transformers), metrics.jsonl" in said
     assert ("run.svg" in said) == plot and ("pip install -e '.[plot]'" in said) != plot
-    assert [path for _, path in drawn] == [out / "run.svg"]
+    assert drawn == [out / "run.svg"] * plot
 
 
 def eos_of(folder: Path) -> int:
@@ -968,7 +1023,8 @@ def test_an_out_that_is_a_file_or_below_one_is_refused(folder, tmp_path, capsys)
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         for more in ([], ["--resume"], ["--overwrite"]):
             code, said = ended(argv_of(folder, out, *more), capsys)
-            assert code == 2 and str(tmp_path / "file") in said and (tmp_path / "file").read_text() == "mine"
+            assert code == 2 and f"--out {out}: expected a folder that can be written: " in said
+            assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", "[1]", "3", '{"model": 3}', "\x00", '{"model": ""}'])

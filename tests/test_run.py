@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +104,56 @@ def test_a_finished_run_is_not_taken_for_one_with_other_flags(folder, tmp_path, 
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("lost", [[], ["checkpoint.pt"], ["checkpoint.pt", "flags.json"]])
+def test_a_real_run_is_not_continued_as_a_toy(lost, folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert train.main(argv_of(folder, out, "--steps", 1, "--save-every", 1)) == 0
+    shutil.rmtree(out / "model")  # as if it had been stopped
+    for name in lost:
+        (out / name).unlink()
+    before = snapshot(out)
+    monkeypatch.setattr(train.toy, "make_problem", None)  # said at once, not after the toy's set-up
+    code, said = ended(["--out", out, "--resume"], capsys)
+    model = "DIR" if "flags.json" in lost else folder / "model"
+    assert code == 2 and f"--resume: {out} holds a run of --model {model}; give --model again" in said
+    assert snapshot(out) == before
+
+
+def test_a_toy_is_not_continued_as_a_real_run(quick_toy, folder, capsys):
+    assert train.main(["--eval-size", "8", "--batch-size", "32", "--steps", "1", "--save-every", "1"]) == 0
+    shutil.rmtree(quick_toy / "model")
+    for _ in range(2):  # with its checkpoint and without it
+        before = snapshot(quick_toy)
+        code, said = ended(argv_of(folder, Path("out/toy"), "--resume"), capsys)
+        assert code == 2 and "--resume: out/toy holds a run of the toy; leave --model out" in said
+        assert snapshot(quick_toy) == before
+        (quick_toy / "checkpoint.pt").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "all", "model"])
+def test_a_run_without_a_whole_model_is_not_finished(gone, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = argv_of(folder, out, "--steps", 2, "--save-every", 1)
+    assert train.main(argv) == 0
+    before = snapshot(out)
+    shutil.rmtree(out / "model") if gone == "model" else None
+    for path in (out / "model").glob("*" if gone == "all" else gone):
+        path.unlink()
+    assert train.main([*argv, "--resume"]) == 0
+    assert "finished" not in capsys.readouterr().out and snapshot(out) == before
+
+
+def test_a_finished_run_without_flags_json_is_left_alone_by_resume(folder, tmp_path, capsys):
+    for saves in ([], ["--save-every", 1]):
+        out = tmp_path / f"out{len(saves)}"
+        argv = argv_of(folder, out, "--steps", 2, *saves)
+        assert train.main(argv) == 0
+        (out / "flags.json").unlink()
+        before = snapshot(out)
+        assert train.main([*argv, "--resume"]) == 0
+        assert f"the run in {out} is finished" in capsys.readouterr().out and snapshot(out) == before
+
+
 def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, capsys):
     out = tmp_path / "out"
     code, said = ended(argv_of(folder, out, "--save-every", 1, "--lr", "1e300"), capsys)
@@ -155,3 +208,16 @@ def test_beta_far_from_its_start_is_one_warning(method, betas, warnings, capsys)
             run.log(step + 1, line)
             before = betas[step]
     assert capsys.readouterr().out.count("choose a smaller --epsilon") == warnings
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no\nway"), IsADirectoryError(21, "Is a directory"), ImportError("ABI")]
+)
+def test_a_figure_that_cannot_be_drawn_is_one_line_and_the_run_ends_well(error, folder, tmp_path, monkeypatch, capsys):
+    def figure(**options):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", SimpleNamespace(Figure=figure))
+    assert train.main(argv_of(folder, tmp_path / "out", "--steps", 2)) == 0
+    said = capsys.readouterr().out
+    assert f"metrics.jsonl, no figure ({error!r})\n" in said and "\nheld-out accuracy " in said
