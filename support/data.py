@@ -186,6 +186,14 @@ def encode(rows: Sequence[Texts], tokenizer: Tokenizer) -> None:
             row.ids = [next(ids) for _ in row.texts]
 
 
+def end_once(response: list[int], end: int, tokenizer: Tokenizer) -> list[int]:
+    """A response with its end token: behind the first one that only white space and more of them follow is nothing."""
+    n = len(response)
+    while n and (response[n - 1] == end or not tokenizer.decode(response[n - 1 : n]).strip()):
+        n -= 1
+    return response[: response.index(end, n) + 1] if end in response[n:] else [*response, end]
+
+
 def split_ids(row: Texts, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of prompt, chosen and rejected. Raises BadRow.
 
@@ -199,13 +207,14 @@ def split_ids(row: Texts, tokenizer: Tokenizer) -> list[list[int]]:
         raise BadRow("the prompt and the answers share no whole token", details)
     responses = []
     for whole, answer, ended in zip(wholes, row.example.parts[1:], row.ended):
-        if len(whole) - shared <= ended:
+        end = whole[-1] if ended else tokenizer.eos
+        if end is None:
+            raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer.json has")
+        response = end_once(whole[shared:], end, tokenizer)
+        if response == [end]:
             why = f"; the chat template leaves out {', '.join(sorted(row.left_out))}" if row.left_out else ""
             raise BadRow("blank answer", f"no token is left of {answer!r:.60}{why}")
-        if not ended and tokenizer.eos is None:
-            raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer.json has")
-        add_end = not ended and whole[-1] != tokenizer.eos
-        responses.append(whole[shared:] + [tokenizer.eos] * add_end)
+        responses.append(response)
     return [head[:shared], *responses]
 
 

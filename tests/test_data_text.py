@@ -619,7 +619,7 @@ ANSWERS = [
 @pytest.mark.parametrize("kind", ["byte level", "prepend", "metaspace", "words with both"])
 @pytest.mark.parametrize("name", ENDS)
 def test_chats_end_with_their_end_of_turn_once(with_template, tmp_path, name, kind):
-    """Against transformers' own ids of the whole dialogue, cut behind the last end of turn."""
+    """Against transformers' own ids of the whole dialogue, cut behind the first of the ends of turn that end it."""
     tokenizer = with_template(TEMPLATES[name], kind)
     theirs = transformers.AutoTokenizer.from_pretrained(tokenizer.folder)
     end = tokenizer.backend.token_to_id(ENDS[name])
@@ -630,7 +630,10 @@ def test_chats_end_with_their_end_of_turn_once(with_template, tmp_path, name, ki
             for answer, response in zip((chosen, rejected), responses):
                 text = theirs.apply_chat_template([*messages, assistant(answer)], tokenize=False)
                 ids = theirs(text, add_special_tokens=False)["input_ids"]
-                assert prompt + response == ids[: len(ids) - ids[::-1].index(end)]
+                ids = ids[: len(ids) - ids[::-1].index(end)]
+                while ids[-2] == end:  # typed at the end of the answer
+                    ids.pop()
+                assert prompt + response == ids
                 assert tokenizer.backend.decode(response[-1:], skip_special_tokens=False) == ENDS[name]
             head = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             assert prompt == theirs(head, add_special_tokens=False)["input_ids"][: len(prompt)]
@@ -640,7 +643,7 @@ def test_a_typed_end_of_turn_is_not_the_end(with_template, tmp_path):
     tokenizer = with_template(PHI3)
     row = {"prompt": "Hi", "chosen": [assistant("one <|end|> two")], "rejected": [assistant("three <|end|>")]}
     prompt, chosen, rejected = one(tmp_path / "a", row, tokenizer)
-    assert tokenizer.decode(chosen) == "one <|end|> two<|end|>" and tokenizer.decode(rejected) == "three <|end|><|end|>"
+    assert tokenizer.decode(chosen) == "one <|end|> two<|end|>" and tokenizer.decode(rejected) == "three <|end|>"
     assert (
         load(tmp_path / "a", [row, {**row, "chosen": [assistant("x")], "rejected": [assistant("y")]}], tokenizer)[
             1
@@ -671,6 +674,23 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token(with_template, tmp
     row = {"prompt": [user("Hi")], "chosen": [assistant("yes \n")], "rejected": [assistant("no")]}
     prompt, chosen, rejected = one(tmp_path / "a", row, tokenizer)
     assert tokenizer.decode(chosen) == "yes \n</s>" and tokenizer.decode(rejected) == "no</s>"
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "<|im_end|>", " <|im_end|>\n \n"])
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_an_end_that_the_answer_carries_is_its_only_one(with_template, tmp_path, form, behind):
+    tokenizer = with_template(CHATML, config={**NAMED, "eos_token": "<|im_end|>"})
+
+    def row(chosen, rejected):
+        messages = {"prompt": "Hi", "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+        prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        return messages if form == "messages" else text_row(prompt, chosen, rejected)
+
+    carried = row("A<|im_end|>\nB<|im_end|>" + behind, "C\n<|im_end|>" + behind)
+    _, chosen, rejected = one(tmp_path / "a", carried, tokenizer)
+    assert tokenizer.decode(chosen) == "A<|im_end|>\nB<|im_end|>" and tokenizer.decode(rejected) == "C\n<|im_end|>"
+    with pytest.raises(ValueError, match="a:1: blank answer: no token is left of"):
+        one(tmp_path / "a", row("<|im_end|>" + behind, "C"), tokenizer)
 
 
 @pytest.mark.parametrize("answer", ["\u200b", "\u200b\u200b"])
