@@ -116,7 +116,9 @@ def parts_of(row: dict) -> tuple[str, list]:
     if form == "messages" and prompt[-1]["role"] == "assistant" and prompt[-1].get("tool_calls"):
         raise BadRow("no prompt", "the prompt ends with a tool call of the assistant, which no answer can continue")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        last = answer[-1] if form == "messages" else {"role": "assistant", "content": answer}
+        human_ends = form == "text" and TURN in prompt and answer.rfind(HUMAN) > answer.rfind(TURN)
+        written = {"role": "user" if human_ends else "assistant", "content": answer}
+        last = answer[-1] if form == "messages" else written
         if last["role"] != "assistant":
             raise BadRow("no answer", f"{name} ends with a message of {last['role']}; expected one of assistant")
         if not last.get("content", "").strip() and not last.get("tool_calls"):

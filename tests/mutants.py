@@ -172,6 +172,8 @@ MUTANTS = [
             ("other pairs are held out", "np.random.default_rng(0).permutation(len(pairs))", "np.random.default_rng(1).permutation(len(pairs))"),
         ],
         "support/forms.py": [
+            ("the human's last words are an answer", "answer.rfind(HUMAN) > answer.rfind(TURN)", "False"),
+            ("any text is a dialogue", " and TURN in prompt and answer", " and answer"),
             ("blank means empty", "not last.get(\"content\", \"\").strip()", "not last.get(\"content\", \"\")"),
             ("a prompt twice in one answer", "if repeats == 1 or repeats == 0 and", "if repeats == 0 and"),
             ("dialogues part between two messages of the assistant", " == \"assistant\" != roles[i]]", " == \"assistant\"]"),

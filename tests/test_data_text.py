@@ -374,6 +374,7 @@ def test_dialogues_without_their_first_line_breaks():
 def test_an_answer_that_goes_on_with_other_turns_is_an_answer():
     for answers in ((" yes", "\n\nHuman: next\n\nAssistant: no"), (" b\n\nHuman: c\n\nAssistant: d", " e")):
         assert parts_of(text_row(HEAD_TEXT, *answers)) == ("text", [HEAD_TEXT, *answers])
+    assert parts_of(text_row("A play:", " yes\n\nHuman: no", " no"))[1][1] == " yes\n\nHuman: no"  # no dialogue
 
 
 REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
@@ -967,6 +968,9 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
         ({"prompt": "Hi", "chosen": YES, "rejected": YES}, "equal answers"),
         ({"chosen": HEAD + YES, "rejected": HEAD + YES}, "equal answers"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "equal answers"),
+        # plain text that ends with a turn of the human
+        ({"chosen": HEAD_TEXT + " b\n\nHuman: c", "rejected": HEAD_TEXT + " d"}, "no answer: chosen .* of user"),
+        ({"prompt": HEAD_TEXT, "chosen": " b", "rejected": " d\n\nHuman: c"}, "no answer: rejected .* of user"),
         ({"prompt": "Hi", "chosen": "half \ud800", "rejected": "no"}, "not JSON: .*surrogates"),
     ],
 )
