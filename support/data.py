@@ -283,13 +283,9 @@ class Report:
         self.with_variables += bool(row.example.variables)
         self.variables.update(row.example.variables.keys())
 
-    def __str__(self) -> str:
-        lines = [
-            f"{self.read:,} rows read, {self.kept:,} pairs kept, {self.truncated:,} of them truncated",
-            f"{self.prompt_tokens:,} prompt tokens, {self.response_tokens:,} response tokens",
-            *(f"{n:,} bad rows skipped: {reason}" for reason, n in self.bad.most_common()),
-            *(f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.most_common()),
-        ]
+    def notes(self) -> list[str]:
+        """What to know about the pairs and the columns of their rows, a line each."""
+        lines = []
         for n, what, names in (
             (len(self.unread), "columns are not read", self.unread),
             (self.with_variables, "pairs have chat_template_kwargs", self.variables),
@@ -300,7 +296,16 @@ class Report:
         ):
             listed = ", ".join(f"{name} ({count:,})" for name, count in Counter(names).most_common())
             lines += [f"{n:,} {what}" + f": {listed}" * bool(listed)] * bool(n)
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.read:,} rows read, {self.kept:,} pairs kept, {self.truncated:,} of them truncated",
+            f"{self.prompt_tokens:,} prompt tokens, {self.response_tokens:,} response tokens",
+            *(f"{n:,} bad rows skipped: {reason}" for reason, n in self.bad.most_common()),
+            *(f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.most_common()),
+        ]
+        return "\n".join(lines + self.notes())
 
 
 class Dropped(BadRow):
@@ -466,8 +471,9 @@ def show_pairs(
     max_prompt_length: int | None = None,
     max_position_embeddings: int | None = None,
 ) -> Iterator[str]:
-    """The first n pairs, and a note in place of each bad row before the nth. Rows after the nth pair are not read.
+    """The first n pairs, a note in place of each bad row before the nth, and the report's notes on them.
 
+    Rows after the nth pair are not read.
     Raises ValueError, as load_pairs does, for problems that skipping a row cannot fix."""
     reader = Reader(tokenizer, vocab_size, max_length, max_prompt_length, max_position_embeddings)
     for found in reader.read(files, at_once=1):
@@ -478,7 +484,9 @@ def show_pairs(
         else:
             raise ValueError(str(found)) from found.error
         if reader.report.kept == n:
-            return
+            break
+    if notes := reader.report.notes():
+        yield "\n".join(notes)
 
 
 def print_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> None:

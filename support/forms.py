@@ -13,6 +13,12 @@ from support.rows import BadRow
 
 FIELDS = ("prompt", "chosen", "rejected")
 CONTEXT = ("system", "tools", "chat_template_kwargs")  # columns that only a chat template can write into a text
+UNREAD = {  # other columns that would change what the model sees -> what to do with them
+    "sys.*|preamble": "rename it to system",
+    "functions?": "rename it to tools",
+    "documents?|images?|videos?|audios?": "write it into prompt as text",
+}
+UNREAD_BESIDE_A_PROMPT = {"instruction|input|context|history": "merge it into prompt"}
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follow in dialogues written as plain text
 ACCEPTED = "expected prompt, chosen and rejected, all as text, as messages or as token ids"
@@ -131,6 +137,19 @@ def is_empty(value: object) -> bool:
     return value in (None, [], {}) or isinstance(value, str) and not value.strip()
 
 
+def check_unread(row: dict, prompt: object) -> None:
+    """Raises BadRow for a column that would change what the model sees if it were read, and is not in the prompt."""
+    remedies = UNREAD if is_empty(row.get("prompt")) else UNREAD | UNREAD_BESIDE_A_PROMPT
+    for name, value in row.items():
+        remedy = next((remedies[names] for names in remedies if re.fullmatch(names, name, re.IGNORECASE)), None)
+        if not remedy or name in CONTEXT or is_empty(value) or not isinstance(value, str | list | dict):
+            continue
+        said = value.strip() if isinstance(value, str) else value
+        if json.dumps(said)[1:-1] not in json.dumps(prompt):  # without its quotes or brackets: a part of a text or list
+            details = f"{name} is {value!r:.60}, which the model would not see; {remedy}, or remove it"
+            raise BadRow("unread column", details)
+
+
 def from_json(name: str, value: object, kind: type) -> object:
     """Tools or variables of a template, which tables often hold as text."""
     try:
@@ -153,9 +172,7 @@ def example_of(row: object) -> Example:
     if not isinstance(row, dict):
         raise BadRow("not an object", f"got {row!r:.60}; expected an object with prompt, chosen and rejected")
     form, parts = parts_of(row)
-    for name in row:  # it would change what the model sees, under a name that nobody reads
-        if name.lower().startswith("system") and name != "system" and not is_empty(row[name]):
-            raise BadRow("unread system text", f"{name} is {row[name]!r:.60}; rename it to system, or remove it")
+    check_unread(row, parts[0])
     given = {name: row[name] for name in CONTEXT if not is_empty(row.get(name))}
     if given and form != "messages":
         remedy = 'write the prompt as messages, [{"role": "user", "content": "…"}], so that the chat template is used'

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from support import data
 from support.data import load_pairs, show_pair
-from support.forms import TURN, Example, parts_of
+from support.forms import FIELDS, TURN, Example, parts_of
 from support.rows import BadRow
 from support.text import Tokenizer
 
@@ -1141,7 +1141,11 @@ def test_tools_and_kwargs_reach_the_template(with_template, tmp_path, tools, kwa
     [
         ({"system": 3}, "unusable system: system is 3"),
         ({"system": [SYSTEM]}, "unusable system"),
-        ({"system_prompt": "Be long."}, "unread system text: system_prompt is 'Be long.'; rename it to system"),
+        ({"system_prompt": "Be long."}, "unread column: system_prompt is 'Be long.', .*; rename it to system, or remove"),
+        *(({name: "Be long."}, f"unread column: {name} .* to system,") for name in ("System_Prompt", "sysprompt", "preamble")),
+        ({"functions": TOOLS}, "unread column: functions is .*; rename it to tools"),
+        *(({name: [{"a": "x"}]}, f"unread column: {name} .* as text, or") for name in ("documents", "images", "audio")),
+        *(({name: "x" * 9}, f"unread column: {name} .*; merge it") for name in ("instruction", "input", "context", "history")),
         ({"system": "Be long.", "prompt": [SYSTEM, user("Hi")]}, "two system messages: system is 'Be long.'"),
         ({"tools": "add"}, "unusable tools: .*no JSON"),
         ({"tools": {"name": "add"}}, "unusable tools: .*expected a list of objects"),
@@ -1174,6 +1178,23 @@ def test_columns_that_nothing_reads_are_counted(tmp_path, kinds):
     rows = [row | {"sytem": "x", "score": 1.0}, row | {"sytem": None}, row | {"score": 0}, {"question": "x"}]
     _, report = load(tmp_path / "a", rows, kinds["byte level"], skip_bad_rows=True)
     assert "3 columns are not read: score (2), sytem (1), question (1)" in str(report)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "prompt_id": "a", "messages": HEAD, "score_chosen": 9.0, "score_rejected": 1.0, "source": "x"},
+        {"prompt": "Hi", "system_prompt": None, "sys_prompt": " ", "sysop": 3, "images": [], "context": "", "history": []},
+        {"prompt": [SYSTEM, user("Hi")], "system_prompt": "Be brief.\n", "instruction": "Hi"},  # the prompt has them
+        {"prompt": [SYSTEM, user("Hi")], "history": [SYSTEM]},
+        {"instruction": "Ho", "context": "x", "chosen": HEAD + YES, "rejected": HEAD + NO},  # whole dialogues need none
+        {"prompt": "Hi", "question": "x", "category": "x", "id": "x", "chosen_model": "x", "rationale": "x"},
+    ],
+)
+def test_columns_that_change_nothing_are_listed_alone(with_template, tmp_path, row):
+    row = {"chosen": YES, "rejected": NO} | row
+    _, report = load(tmp_path / "a", [row], with_template(CHATML))
+    assert set(report.unread) == {name for name in row if name not in FIELDS and row[name] is not None}
 
 
 @pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
@@ -1408,10 +1429,11 @@ def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds,
     path, parse, read = tmp_path / "a", data.parse, []
     path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, same, good, good)))
     monkeypatch.setattr(data, "parse", lambda line: read.append(line) or parse(line))
-    first, no_prompt, dropped, second = data.show_pairs([path], 2, kinds["words"], 10**6, 4, 2)
+    first, no_prompt, dropped, second, notes = data.show_pairs([path], 2, kinds["words"], 10**6, 4, 2)
     assert "⟦seam⟧" in first and f"{path}:4\n" in second and len(read) == 4
     assert no_prompt.startswith(f"⟦no pair⟧ {path}:2: no prompt") and "columns: chosen, question, rejected" in no_prompt
     assert dropped.startswith(f"⟦no pair⟧ {path}:3: equal after truncation")
-    assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 5
+    assert notes == "1 columns are not read: question (1)"
+    assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 6
     with pytest.raises(ValueError, match="a:1: a row of text needs a tokenizer.json .*AutoTokenizer"):
         list(data.show_pairs([path], 2, None, 10**6, 64))
