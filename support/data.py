@@ -26,7 +26,7 @@ import numpy as np
 
 from model import Config
 from support.device import rank_and_world
-from support.files import what_is
+from support.files import kind_of
 from support.forms import CONTEXT, FIELDS, Example, example_of
 from support.report import progress_bar
 from support.rows import BadRow, Pair
@@ -84,12 +84,13 @@ def read_rows(path: str) -> Iterator[tuple[int, str, object]]:
     Raises ValueError for what is wrong with the file, not with a row: another kind of file, damaged, empty."""
     number, empty, place = 0, True, "{}:{}"
     with open(path, "rb") as raw:
-        start = raw.peek(2)[:2]
-        if start and start != GZIP and (kind := what_is(path)):
-            raise ValueError(f"{path} is {kind}")
-        with gzip.open(raw) if start == GZIP else raw as stream:
+        is_packed = raw.peek(2)[:2] == GZIP
+        with gzip.open(raw) if is_packed else raw as stream:
             try:
-                is_array = stream.peek(512).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+                is_array, start = True, stream.peek(512)[:512]  # until a line is read, an error is that of the file
+                if start and (kind := kind_of(start, path)):
+                    raise ValueError(f"this is, unpacked, {kind}" if is_packed else f"this is {kind}")
+                is_array = start.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
                 place = "{}: row {}" if is_array else place
                 for number, row in enumerate(rows_of_array(stream) if is_array else rows_of_lines(stream), 1):
                     if row is not BLANK:

@@ -11,8 +11,21 @@ from typing import BinaryIO
 
 import torch
 
-DATASETS = "import datasets; datasets.load_dataset('KIND', data_files='PATH')['train'].to_json('pairs.jsonl')"
-TO_JSON = f'a table; make JSON lines of it with: python -c "{DATASETS}"'
+UTF8 = "text in {0}: convert it with `iconv -f {0} -t UTF-8`"
+
+
+def table(arguments: str) -> str:
+    """What a table is, and what to do with it; `arguments` are those of load_dataset."""
+    code = f"import datasets; datasets.load_dataset({arguments})['train'].to_json('pairs.jsonl')"
+    return f'a table; make JSON lines of it with: python -c "{code}"'
+
+
+def header(sep: bytes) -> bytes:
+    """A pattern of the line that names a table's columns: two or more words, or three or more names with spaces."""
+    word, name = rb'"?[\w.-]+"?', rb'"?[\w\x80-\xff][\w\x80-\xff. -]*"?'
+    return rb"(\xef\xbb\xbf)?((%b)?(%b%b)+|(%b)?(%b ?%b){2,})\r?\n" % (word, sep, word, name, sep, name)
+
+
 KINDS = {  # how a file begins -> what it is, and what to do
     rb"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull` in its folder",
     rb"\s*(<!doctype|<html)": "an HTML page in place of the file: download the file again",
@@ -25,10 +38,13 @@ KINDS = {  # how a file begins -> what it is, and what to do
     rb"\x28\xb5\x2f\xfd": "a zstd file: unpack it with `zstd -d`",
     rb"BZh": "a bzip2 file: unpack it with `bunzip2`",
     rb"\xfd7zXZ": "an xz file: unpack it with `unxz`",
-    rb"\xff\xfe|\xfe\xff|([\n\r -~]\0){2}|(\0[\n\r -~]){2}": "text in UTF-16: convert it to UTF-8 with `iconv`",
-    rb"PAR1": TO_JSON.replace("KIND", "parquet"),
-    rb"ARROW1|\xff{4}": TO_JSON.replace("KIND", "arrow"),
-    rb'(\xef\xbb\xbf)?"?\w[\w.-]*"?([,;\t]"?\w[\w.-]*"?)+\r?\n': TO_JSON.replace("KIND", "csv"),  # names of columns
+    rb"\xff\xfe\0\0|\0\0\xfe\xff|([\n\r -~]\0{3}){2}|(\0{3}[\n\r -~]){2}": UTF8.format("UTF-32"),
+    rb"\xff\xfe|\xfe\xff|([\n\r -~]\0){2}|(\0[\n\r -~]){2}": UTF8.format("UTF-16"),
+    rb"PAR1": table("'parquet', data_files='PATH'"),
+    rb"ARROW1|\xff{4}": table("'arrow', data_files='PATH'"),
+    header(b","): table("'csv', data_files='PATH'"),
+    header(b";"): table("'csv', data_files='PATH', sep=';'"),
+    header(b"\t"): table(r"'csv', data_files='PATH', sep='\t'"),
 }
 
 
@@ -38,7 +54,11 @@ def what_is(path: str | os.PathLike) -> str | None:
     The answer completes a sentence, f"{path} is {what_is(path)}". Raises OSError if the file cannot be read.
     """
     with open(path, "rb") as file:
-        start = file.read(512)
+        return kind_of(file.read(512), path)
+
+
+def kind_of(start: bytes, path: str | os.PathLike) -> str | None:
+    """What a file at `path` is that begins with these bytes, up to 512 of them, as `what_is` says it."""
     if not start:
         return "empty: download it again"
     if start[8:10] == b'{"':  # safetensors: the 8 bytes before are a number, which can look like anything

@@ -383,12 +383,17 @@ def test_memory_is_that_of_the_ids(tmp_path):
         (b"prompt,chosen,rejected\nHi,yes,no\n", "a table; make JSON lines"),
         (json.dumps(ROW).encode("utf-16"), "text in UTF-16"),
         (b"<!DOCTYPE html><html>", "an HTML page"),
+        (gzip.compress(gzip.compress(LINE, mtime=0), mtime=0), "a gzip file.*gunzip"),
     ],
 )
-def test_a_file_that_is_something_else(tmp_path, content, words):
-    (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match=f"a is {words}"):
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_that_is_something_else(tmp_path, content, words, pack):
+    (tmp_path / "a").write_bytes(pack(content))
+    unpacked = ", unpacked," * (pack(content)[:2] == data.GZIP)
+    with pytest.raises(ValueError, match=f"a: this is{unpacked} {words}"):
         load(tmp_path / "a", skip_bad_rows=True)
+    with pytest.raises(ValueError, match=f"a: this is{unpacked} {words}"):
+        list(data.show_pairs([tmp_path / "a"], 1, None, 100, 64))
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])

@@ -1141,11 +1141,20 @@ def test_tools_and_kwargs_reach_the_template(with_template, tmp_path, tools, kwa
     [
         ({"system": 3}, "unusable system: system is 3"),
         ({"system": [SYSTEM]}, "unusable system"),
-        ({"system_prompt": "Be long."}, "unread column: system_prompt is 'Be long.', .*; rename it to system, or remove"),
-        *(({name: "Be long."}, f"unread column: {name} .* to system,") for name in ("System_Prompt", "sysprompt", "preamble")),
+        (
+            {"system_prompt": "Be long."},
+            "unread column: system_prompt is 'Be long.', .*; rename it to system, or remove",
+        ),
+        *(
+            ({name: "Be long."}, f"unread column: {name} .* to system,")
+            for name in ("System_Prompt", "sysprompt", "preamble")
+        ),
         ({"functions": TOOLS}, "unread column: functions is .*; rename it to tools"),
         *(({name: [{"a": "x"}]}, f"unread column: {name} .* as text, or") for name in ("documents", "images", "audio")),
-        *(({name: "x" * 9}, f"unread column: {name} .*; merge it") for name in ("instruction", "input", "context", "history")),
+        *(
+            ({name: "x" * 9}, f"unread column: {name} .*; merge it")
+            for name in ("instruction", "input", "context", "history")
+        ),
         ({"system": "Be long.", "prompt": [SYSTEM, user("Hi")]}, "two system messages: system is 'Be long.'"),
         ({"tools": "add"}, "unusable tools: .*no JSON"),
         ({"tools": {"name": "add"}}, "unusable tools: .*expected a list of objects"),
@@ -1184,7 +1193,15 @@ def test_columns_that_nothing_reads_are_counted(tmp_path, kinds):
     "row",
     [
         {"prompt": "Hi", "prompt_id": "a", "messages": HEAD, "score_chosen": 9.0, "score_rejected": 1.0, "source": "x"},
-        {"prompt": "Hi", "system_prompt": None, "sys_prompt": " ", "sysop": 3, "images": [], "context": "", "history": []},
+        {
+            "prompt": "Hi",
+            "system_prompt": None,
+            "sys_prompt": " ",
+            "sysop": 3,
+            "images": [],
+            "context": "",
+            "history": [],
+        },
         {"prompt": [SYSTEM, user("Hi")], "system_prompt": "Be brief.\n", "instruction": "Hi"},  # the prompt has them
         {"prompt": [SYSTEM, user("Hi")], "history": [SYSTEM]},
         {"instruction": "Ho", "context": "x", "chosen": HEAD + YES, "rejected": HEAD + NO},  # whole dialogues need none
