@@ -24,6 +24,7 @@ HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follo
 ACCEPTED = "expected prompt, chosen and rejected, all as text, as messages or as token ids"
 RENAME = "rename columns that have other names"
 NO_PROMPT = f"expected a prompt, or two whole dialogues (messages, or text with {TURN!r}) that begin alike; {RENAME}"
+ALIKE = "expected two answers, or two whole dialogues with the same messages before an answer"
 NOT_A_MESSAGE = f"expected an object with a role ({', '.join(ROLES)}) and a text as content"
 SHAREGPT = '; rename "from" to "role" (human: user, gpt: assistant), "value" to "content", "conversations" to "prompt"'
 AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|messages)["']\s*:""")  # tables often hold messages so
@@ -40,7 +41,7 @@ class Example(NamedTuple):
 
 def form_of(name: str, value: object) -> tuple[str, object]:
     """The form of one column and its value, messages checked and without nulls."""
-    if value is None:
+    if value is None or name == "prompt" and value in ([], {}):
         return "absent", None
     if isinstance(value, str):
         if AS_TEXT.match(value):
@@ -68,12 +69,14 @@ def split_texts(prompt: str | None, chosen: str, rejected: str) -> tuple[str, st
 
     Dialogues part at the last start of an answer before which they are equal."""
     places = [0]
-    if prompt is not None:
-        dialogues = [text for text in (chosen, rejected) if TURN in text]
+    dialogues = [text for text in (chosen, rejected) if TURN in text]
+    are_whole = sum(text.startswith(HUMAN) for text in dialogues) == 2
+    if prompt is not None and not (are_whole and is_empty(prompt)):
         repeats = sum(bool(prompt.strip()) and text.startswith(prompt) for text in dialogues)
-        if repeats == 1 or repeats == 0 and sum(text.startswith(HUMAN) for text in dialogues) == 2:
+        if repeats == 1 or repeats == 0 and are_whole:
             found = f"prompt is {prompt!r:.60}, chosen {chosen!r:.60}, rejected {rejected!r:.60}"
-            raise BadRow("two prompts", f"{found}; both dialogues must repeat the prompt, or neither")
+            expected = "two dialogues that begin with the prompt or have none beside them, or two answers"
+            raise BadRow("two prompts", f"{found}; expected {expected}")
         if not repeats:
             return prompt, chosen, rejected
         places = [len(prompt)]
@@ -97,10 +100,11 @@ def split_messages(prompt: str | list | None, chosen: list, rejected: list) -> t
     n = max((n for n in places if chosen[:n] == rejected[:n]), default=0)
     head = chosen[:n]
     if not head:
-        raise BadRow("no prompt", NO_PROMPT)
+        found = f"chosen begins with {chosen[0]!r:.80}, rejected with {rejected[0]!r:.80}"
+        raise BadRow("different dialogues", f"{found}; {ALIKE}")
     asked = next((message.get("content") for message in head if message["role"] == "user"), None)
     repeated = asked if isinstance(prompt, str) else head[: len(prompt or ())]
-    if prompt is not None and prompt != repeated:
+    if not is_empty(prompt) and prompt != repeated:
         raise BadRow("two prompts", f"prompt is {prompt!r:.60}, but the dialogues begin with {asked!r:.60}")
     return head, chosen[n:], rejected[n:]
 

@@ -174,6 +174,9 @@ MUTANTS = [
             ("other pairs are held out", "np.random.default_rng(0).permutation(len(pairs))", "np.random.default_rng(1).permutation(len(pairs))"),
         ],
         "support/forms.py": [
+            ("a list of no messages is a prompt", " or name == \"prompt\" and value in ([], {}):", ":"),
+            ("an empty text beside dialogues is a prompt", "if prompt is not None and not (are_whole and is_empty(prompt)):", "if prompt is not None:"),
+            ("an empty text beside messages is a prompt", "if not is_empty(prompt) and prompt != repeated:", "if prompt is not None and prompt != repeated:"),
             ("columns that nobody reads pass in silence", "    check_unread(row, parts[0])\n", ""),
             ("columns in capitals are others", "re.fullmatch(names, name, re.IGNORECASE)", "re.fullmatch(names, name)"),
             ("an empty column is refused", " or is_empty(value) or not", " or not"),

@@ -257,7 +257,7 @@ def test_the_last_id_of_the_vocabulary_is_fine(tmp_path):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"prompt": []}, "unknown form|empty"),
+        ({"prompt": []}, "mixed forms"),
         ({"chosen": []}, "unknown form|blank"),
         ({"prompt": None}, "mixed forms"),
         ({"prompt": "text"}, "mixed forms"),

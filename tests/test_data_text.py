@@ -342,13 +342,12 @@ def test_a_prompt_beside_whole_dialogues_as_text_is_not_doubled(tmp_path, kinds)
         (HEAD_TEXT, HEAD_TEXT + " yes", " no"),
         (HEAD_TEXT, " yes", HEAD_TEXT + " no"),
         ("He said", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
-        ("", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
         ("\n\nHuman: Ho", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
         ("\n\nHuman: He said", HEAD_TEXT + " yes", "\n\nHuman: He said no"),
     ],
 )
 def test_whole_dialogues_beside_another_prompt_are_refused(prompt, chosen, rejected):
-    with pytest.raises(BadRow, match="two prompts"):
+    with pytest.raises(BadRow, match="two prompts: .*; expected two dialogues that begin with the prompt or have none"):
         parts_of({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
@@ -358,7 +357,8 @@ def test_a_prompt_that_ends_before_the_answers_turn():
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, "\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"]
+    "prompt",
+    [None, "", " \n", [], "\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"],
 )
 def test_dialogues_part_at_one_place_whatever_prompt_stands_beside_them(prompt):
     head = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
@@ -874,6 +874,10 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"prompt": None, "chosen": HEAD + YES, "rejected": HEAD + NO, "score_chosen": 9.0}, HEAD, YES, NO),
         ({"prompt": HEAD, "chosen": HEAD + YES, "rejected": HEAD + NO}, HEAD, YES, NO),
         ({"prompt": HEAD[:1], "chosen": HEAD + YES, "rejected": HEAD + NO}, HEAD, YES, NO),
+        *(
+            ({"prompt": empty, "chosen": HEAD + YES, "rejected": HEAD + NO}, HEAD, YES, NO)
+            for empty in ("", " ", [], {})
+        ),
         ({"prompt": "Hi", "chosen": [SYSTEM, *HEAD, *YES], "rejected": [SYSTEM, *HEAD, *NO]}, [SYSTEM, *HEAD], YES, NO),
         # they part before an earlier assistant turn
         ({"chosen": HEAD + YES, "rejected": HEAD[:1] + NO}, HEAD[:1], HEAD[1:] + YES, NO),
@@ -915,15 +919,19 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
             "mixed forms: prompt is text, chosen text, rejected messages",
         ),
         ({"prompt": "Hi", "chosen": YES, "rejected": "no"}, "mixed forms"),
-        ({"prompt": "Hi", "chosen": HEAD + YES, "rejected": NO}, "no prompt"),
-        ({"prompt": "Hi", "chosen": YES, "rejected": HEAD + NO}, "no prompt"),
+        (
+            {"prompt": [user("Hi")], "chosen": HEAD + YES, "rejected": NO},
+            "different dialogues: chosen begins with {'role': 'user'.*, rejected with {'role': 'assistant'.*; expected two a",
+        ),
+        ({"prompt": "Hi", "chosen": YES, "rejected": HEAD + NO}, "different dialogues"),
+        ({"prompt": "Hi", "chosen": HEAD + YES, "rejected": [user("Ho"), *NO]}, "different dialogues: .*'Hi'.*'Ho'"),
         ({"prompt": [1, 2], "chosen": YES, "rejected": NO}, "mixed forms: prompt is token ids"),
         ({"prompt": [1, 2], "chosen": "yes", "rejected": "no"}, "mixed forms"),
         ({"prompt": "Hi", "chosen": [1], "rejected": [2]}, "mixed forms"),
         ({"chosen": YES, "rejected": NO}, "no prompt"),
         ({"chosen": "yes", "rejected": "no"}, "no prompt.*Assistant"),
-        ({"chosen": HEAD + YES, "rejected": [user("Ho"), *NO]}, "no prompt"),
-        ({"chosen": [user("Hi"), *YES], "rejected": [user("Ho"), *NO]}, "no prompt"),
+        ({"chosen": HEAD + YES, "rejected": [user("Ho"), *NO]}, "different dialogues"),
+        ({"chosen": [user("Hi"), *YES], "rejected": [user("Ho"), *NO]}, "different dialogues"),
         ({"prompt": "Hi ", "chosen": HEAD + YES, "rejected": HEAD + NO}, "two prompts: prompt is 'Hi '.*'Hi'"),
         ({"prompt": "And?", "chosen": HEAD + YES, "rejected": HEAD + NO}, "two prompts"),
         ({"prompt": [user("Ho")], "chosen": HEAD + YES, "rejected": HEAD + NO}, "two prompts"),
@@ -953,7 +961,7 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
             "unknown form: prompt is a list of strings, .'Hi'.;.*as text, as",
         ),
         ({"prompt": "Hi", "chosen": ["yes"], "rejected": ["no"]}, "unknown form: chosen is a list of strings"),
-        ({"prompt": [], "chosen": YES, "rejected": NO}, "unknown form"),
+        ({"prompt": [], "chosen": YES, "rejected": NO}, "no prompt"),
         ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "unknown form"),
         ({"prompt": "Hi", "chosen": YES}, "missing field: no rejected;.*columns: chosen, prompt"),
         ({"prompt": "Hi", "chosen": None, "rejected": NO}, "missing field"),
