@@ -88,9 +88,10 @@ def read_rows(path: str) -> Iterator[tuple[int, str, object]]:
         with gzip.open(raw) if is_packed else raw as stream:
             try:
                 is_array, start = True, stream.peek(512)[:512]  # until a line is read, an error is that of the file
+                start = start.removeprefix(BOM_UTF8)
                 if start and (kind := kind_of(start, path)):
                     raise ValueError(f"this is, unpacked, {kind}" if is_packed else f"this is {kind}")
-                is_array = start.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+                is_array = start.lstrip().startswith(b"[")
                 place = "{}: row {}" if is_array else place
                 for number, row in enumerate(rows_of_array(stream) if is_array else rows_of_lines(stream), 1):
                     if row is not BLANK:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +46,7 @@ KINDS = {  # how a file begins -> what it is, and what to do
     header(b","): table("'csv', data_files='PATH'"),
     header(b";"): table("'csv', data_files='PATH', sep=';'"),
     header(b"\t"): table(r"'csv', data_files='PATH', sep='\t'"),
+    BOM_UTF8: "UTF-8 with a byte-order mark: save it without one",
 }
 
 
@@ -69,8 +71,18 @@ def kind_of(start: bytes, path: str | os.PathLike) -> str | None:
     return None
 
 
+def check_link(path: Path) -> None:
+    """FileNotFoundError if `path` is a broken link, as in a cache folder that was copied without its blobs."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a broken link, to {os.readlink(path)}: download the file again")
+
+
 def check_folder(folder: Path, wanted: str) -> None:
-    """FileNotFoundError if folder/wanted does not exist: what the folder is instead of a checkpoint, and what to do."""
+    """FileNotFoundError if folder/wanted does not exist: what the folder is instead of a checkpoint, and what to do.
+
+    Broken links are named: that of the tokenizer too, which would be taken for a folder without one."""
+    for name in (wanted, "tokenizer.json"):
+        check_link(folder / name)
     if (folder / wanted).exists():
         return
     inner = sorted([*folder.glob(f"*/{wanted}"), *folder.glob(f"snapshots/*/{wanted}")])

@@ -194,6 +194,9 @@ MUTANTS = [
             ("an empty system is one", " or isinstance(value, str) and not value.strip()", ""),
         ],
         "support/text.py": [
+            ("a template of any kind", "\"chat_template.jinja\", *JSON_FILES)", "*JSON_FILES)"),
+            ("a broken link to a template is no template", "            check_link(file)\n", ""),
+            ("broken JSON without its file's name", "read_json(file)  #", "pass  #"),
             ("a template's BOS is cut when it opens each question", "(ids.count(bos) == 1 or not self.bos_opens_answers)", "ids.count(bos) == 1"),
             ("a template's BOS is cut when its probe is refused", "or one that refuses\n            return True", "or one that refuses\n            return False"),
             ("only special tokens end a turn", "self.added = any_of(token.content for token in added)", "self.added = any_of(token.content for token in added if token.special)"),
@@ -268,6 +271,9 @@ MUTANTS = [
             ("a 16-bit model that can be trained", "model.requires_grad_(False)", "pass"),
         ],
         "support/files.py": [
+            ("a broken link is no file", "if path.is_symlink() and not path.exists():", "if False:"),
+            ("a broken link to a tokenizer is no tokenizer", "for name in (wanted, \"tokenizer.json\"):", "for name in (wanted,):"),
+            ("a byte-order mark without a word", "    BOM_UTF8: ", "    b\"never \": "),
             ("numbered rows are no table", "((%b)?(%b%b)+|", "((%b)(%b%b)+|"),
             ("names of two words are no table", "(%b)?(%b ?%b){2,})", "(%b)?(%b ?%b){99,})"),
             ("UTF-32 is UTF-16", "UTF8.format(\"UTF-32\")", "UTF8.format(\"UTF-16\")"),

@@ -582,17 +582,42 @@ def test_a_folder_that_cannot_be_read(tmp_path, broken, content):
     elif broken != "tokenizer.json":
         assert Tokenizer.from_pretrained(folder)  # neither config is needed
         return
-    with pytest.raises(ValueError, match=str(folder)):
+    named = folder if broken == "tokenizer.json" else folder / broken
+    with pytest.raises(ValueError, match=str(named)):
         Tokenizer.from_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------------- chats
 
 
-def test_a_pointer_in_place_of_a_tokenizer(tmp_path):
-    folder = make(tmp_path / "m")
-    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="tokenizer.json is a Git LFS pointer.*git lfs pull"):
+SIDE_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "config.json",
+]
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer.*git lfs pull"),
+        (b"", "empty: download it again"),
+        (b"\xef\xbb\xbf{}", "UTF-8 with a byte-order mark"),
+        ("{}  ".encode("utf-16"), "text in UTF-16"),
+        (None, "a broken link, to nowhere"),
+    ],
+)
+def test_a_file_of_a_tokenizer_that_is_something_else(tmp_path, name, content, words):
+    folder = make(tmp_path / "m", template="T", model={})
+    (folder / name).unlink(missing_ok=True)
+    if content is None:
+        (folder / name).symlink_to("nowhere")
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is {words}"):
         Tokenizer.from_pretrained(folder)
 
 

@@ -58,6 +58,7 @@ NAMED = {  # content, a word of its name, a word of the remedy
     "PyTorch's old pickle": (saved(_use_new_zipfile_serialization=False), "pickle", "safetensors"),
     "GGUF": (b"GGUF\3\0\0\0", "GGUF", "safetensors"),
     "HDF5": (b"\x89HDF\r\n\x1a\n", "HDF5", "safetensors"),
+    "a byte-order mark": (b"\xef\xbb\xbf{}", "byte-order mark", "without one"),
     "UTF-32": (ROW.encode("utf-32"), "UTF-32", "iconv"),
     "UTF-32, little end first": (ROW.encode("utf-32-le"), "UTF-32", "iconv"),
     "UTF-32, big end first": (ROW.encode("utf-32-be"), "UTF-32", "iconv"),
@@ -85,7 +86,6 @@ def test_what_is_names_the_kind_and_the_remedy(case, tmp_path):
     "content",
     [
         ROW,
-        f"\ufeff{ROW}",
         f"[{ROW}]",
         "{}",
         '"a",',
@@ -185,6 +185,17 @@ def test_check_folder_accepts_the_right_folder_and_names_a_file(tmp_path):
     check_folder(tmp_path, "config.json")
     with pytest.raises(FileNotFoundError, match="expected a folder with config.json, got a file"):
         check_folder(tmp_path / "config.json", "config.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_check_folder_names_a_broken_link(tmp_path, name):
+    (tmp_path / name).symlink_to("../../blobs/0a1b")
+    with pytest.raises(FileNotFoundError, match=f"{name} is a broken link, to ../../blobs/0a1b"):
+        check_folder(tmp_path, name.replace("tokenizer", "config"))
+    (tmp_path / name).unlink()
+    inside(tmp_path, "blobs/0a1b", *{"config.json"} - {name})
+    (tmp_path / name).symlink_to("blobs/0a1b")
+    check_folder(tmp_path, name.replace("tokenizer", "config"))
 
 
 def test_replace_file_leaves_the_old_file_or_the_whole_new_one(tmp_path, monkeypatch):
