@@ -26,7 +26,7 @@ import numpy as np
 
 from model import Config
 from support.device import rank_and_world
-from support.files import kind_of
+from support.files import check_data, kind_of
 from support.forms import CONTEXT, FIELDS, Example, example_of
 from support.report import progress_bar
 from support.rows import BadRow, Pair
@@ -81,8 +81,10 @@ def rows_of_array(stream: BinaryIO) -> list:
 def read_rows(path: str) -> Iterator[tuple[int, str, object]]:
     """Number, place and value of each row of JSON lines, or of one JSON array; either may be gzipped.
 
-    Raises ValueError for what is wrong with the file, not with a row: another kind of file, damaged, empty."""
+    Raises ValueError for what is wrong with the file, not with a row: another kind of file, damaged, empty; OSError if
+    it is not there."""
     number, empty, place = 0, True, "{}:{}"
+    check_data(Path(path))
     with open(path, "rb") as raw:
         is_packed = raw.peek(2)[:2] == GZIP
         with gzip.open(raw) if is_packed else raw as stream:

@@ -15,10 +15,13 @@ import torch
 UTF8 = "text in {0}: convert it with `iconv -f {0} -t UTF-8`"
 
 
+def command(arguments: str) -> str:
+    """What makes JSON lines of the data set that load_dataset finds with these arguments."""
+    return f"python -c \"import datasets; datasets.load_dataset({arguments}, split='train').to_json('pairs.jsonl')\""
+
+
 def table(arguments: str) -> str:
-    """What a table is, and what to do with it; `arguments` are those of load_dataset."""
-    code = f"import datasets; datasets.load_dataset({arguments})['train'].to_json('pairs.jsonl')"
-    return f'a table; make JSON lines of it with: python -c "{code}"'
+    return f"a table; make JSON lines of it with: {command(arguments)}"
 
 
 def header(sep: bytes) -> bytes:
@@ -27,6 +30,7 @@ def header(sep: bytes) -> bytes:
     return rb"(\xef\xbb\xbf)?((%b)?(%b%b)+|(%b)?(%b ?%b){2,})\r?\n" % (word, sep, word, name, sep, name)
 
 
+FROM_HUB = command("'NAME'")
 KINDS = {  # how a file begins -> what it is, and what to do
     rb"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull` in its folder",
     rb"\s*(<!doctype|<html)": "an HTML page in place of the file: download the file again",
@@ -75,6 +79,16 @@ def check_link(path: Path) -> None:
     """FileNotFoundError if `path` is a broken link, as in a cache folder that was copied without its blobs."""
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path} is a broken link, to {os.readlink(path)}: download the file again")
+
+
+def check_data(path: Path) -> None:
+    """FileNotFoundError or IsADirectoryError, with a remedy, for a path that is no file of data."""
+    check_link(path)
+    if path.is_dir():
+        names = ", ".join(sorted(child.name for child in path.iterdir())[:9])
+        raise IsADirectoryError(f"{path} is a folder; name the files in it that are meant ({names or 'it is empty'})")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; a data set of the Hub becomes one with: {FROM_HUB}")
 
 
 def check_folder(folder: Path, wanted: str) -> None:

@@ -157,6 +157,7 @@ MUTANTS = [
             ("an array of any size", "if len(text) > MAX_ARRAY:", "if False:"),
             ("rows of an array called lines", "place = \"{}: row {}\" if is_array else place", "pass"),
             ("a file of another kind is read as rows", "(kind := kind_of(start, path))", "(kind := None)"),
+            ("a path that is no file", "    check_data(Path(path))\n", ""),
             ("what is in a gzip file may be anything", "if start and (kind", "if start and not is_packed and (kind"),
             ("one occurrence counts for two texts", "written = written.replace(found, \"\\0\", 1)", "pass"),
             ("an answer's text looked for in its prompt", "left_out(answer, whole[len(head) :])", "left_out(answer, whole)"),

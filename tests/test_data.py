@@ -221,8 +221,13 @@ def test_a_huge_line_is_refused_unread(tmp_path):
 
 
 def test_missing_file_and_several_files(tmp_path):
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(OSError, match="nowhere: no such file; .*load_dataset.'NAME', split='train'.*to_json"):
         load(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(OSError, match="link is a broken link, to gone"):
+        load(tmp_path / "link")
+    with pytest.raises(OSError, match="is a folder; name the files in it that are meant .link."):
+        load(tmp_path)
     one, two = write(tmp_path / "one", [ROW]), write(tmp_path / "two", [{**ROW, "rejected": [6]}, ROW])
     pairs, report = load_pairs([one, str(two)], None, 100, 64, progress=False)
     assert [(p.file, p.line) for p in pairs] == [(str(one), 1), (str(two), 1), (str(two), 2)] and report.read == 3

@@ -44,9 +44,9 @@ NAMED = {  # content, a word of its name, a word of the remedy
     "an Arrow stream": (b"\xff\xff\xff\xff\x78\1\0\0", "arrow", "to_json"),
     "a table": (b"prompt,chosen,rejected\nx,y,z\n", "csv", "to_json"),
     "a table with quotes": (b'\xef\xbb\xbf"prompt","chosen"\r\n"x","y"\r\n', "csv", "to_json"),
-    "a table with tabs": (b"question\tresponse_j\tresponse_k\nx\ty\tz\n", "csv", r"sep='\t')['train'].to_json"),
-    "a table with semicolons": (b"prompt; chosen; rejected\nx; y; z\n", "csv", "sep=';')['train'].to_json"),
-    "a table with numbered rows": (b",prompt,chosen,rejected\n0,x,y,z\n", "csv", "data_files='{0}')['train'].to_json"),
+    "a table with tabs": (b"question\tresponse_j\tresponse_k\nx\ty\tz\n", "csv", r"sep='\t', split='train').to_json"),
+    "a table with semicolons": (b"prompt; chosen; rejected\nx; y; z\n", "csv", "sep=';', split='train').to_json"),
+    "a table with numbered rows": (b",prompt,chosen,rejected\n0,x,y,z\n", "csv", "data_files='{0}', split='train').to_json"),
     "a table with names of two words": (b"user prompt,chosen answer,bad r\xc3\xa9ponse\nx,y,z\n", "csv", "to_json"),
     "zip": (zipped("pairs.jsonl"), "zip", "unzip"),
     "gzip": (gzip.compress(ROW.encode(), mtime=0), "gzip", "gunzip"),
@@ -118,12 +118,12 @@ def test_the_command_that_converts_a_table_names_the_file_and_works(tmp_path, se
     path.write_text("prompt,chosen,rejected\nx,y,z\n".replace(",", sep))
     code = what_is(path).split('python -c "')[1].removesuffix('"').removeprefix("import datasets;")
 
-    def load_dataset(kind: str, data_files: str, sep: str = ","):
-        asked.append((kind, data_files, sep))
-        return {"train": SimpleNamespace(to_json=asked.append)}
+    def load_dataset(kind: str, data_files: str, sep: str = ",", split: str = ""):
+        asked.append((kind, data_files, sep, split))
+        return SimpleNamespace(to_json=asked.append)
 
     exec(code.strip(), {"datasets": SimpleNamespace(load_dataset=load_dataset)})
-    assert asked == [("csv", str(path), sep), "pairs.jsonl"]
+    assert asked == [("csv", str(path), sep, "train"), "pairs.jsonl"]
 
 
 def test_read_json_reads_objects_alone(tmp_path):
