@@ -232,7 +232,8 @@ def check_ids(ids: list[list[int]], parts: list, vocab_size: int) -> None:
         chosen, rejected = (
             answer[-1].get("content") if isinstance(answer[-1], dict) else answer for answer in parts[1:]
         )
-        raise BadRow("equal answers", f"chosen is {chosen!r:.200}, rejected {rejected!r:.200}")
+        why = "" if parts[1] == parts[2] else "; the chat template or the tokenizer makes them equal"
+        raise BadRow("equal answers", f"chosen is {chosen!r:.200}, rejected {rejected!r:.200}{why}")
 
 
 def truncate(ids: list[list[int]], max_length: int, max_prompt_length: int, bos: int) -> list[list[int]]:

@@ -27,6 +27,7 @@ NO_PROMPT = f"expected a prompt, or two whole dialogues (messages, or text with 
 ALIKE = "expected two answers, or two whole dialogues with the same messages before an answer"
 NOT_A_MESSAGE = f"expected an object with a role ({', '.join(ROLES)}) and a text as content"
 SHAREGPT = '; rename "from" to "role" (human: user, gpt: assistant), "value" to "content", "conversations" to "prompt"'
+BLANK = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]*")  # white space, and what has no width at all
 AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|messages)["']\s*:""")  # tables often hold messages so
 
 
@@ -131,7 +132,7 @@ def parts_of(row: dict) -> tuple[str, list]:
         last = answer[-1] if form == "messages" else written
         if last["role"] != "assistant":
             raise BadRow("no answer", f"{name} ends with a message of {last['role']}; expected one of assistant")
-        if not last.get("content", "").strip() and not last.get("tool_calls"):
+        if BLANK.fullmatch(last.get("content", "")) and not last.get("tool_calls"):
             raise BadRow("blank answer", f"{name} is {answer!r:.60}")
     return form, [prompt, chosen, rejected]
 

@@ -719,14 +719,14 @@ def test_an_end_that_the_answer_carries_is_its_only_one(with_template, tmp_path,
         one(tmp_path / "a", row("<|im_end|>" + behind, "C"), tokenizer)
 
 
-@pytest.mark.parametrize("answer", ["\u200b", "\u200b\u200b"])
+@pytest.mark.parametrize("answer", ["\u00ad", "\u00ad\u00ad"])
 def test_an_answer_of_which_no_token_is_left_is_blank(with_template, tmp_path, answer):
     backend = byte_level()
     backend.normalizer = normalizers.BertNormalizer(clean_text=True, lowercase=False, strip_accents=False)
     tokenizer = with_template(CHATML, backend=backend)
     for row in (text_row("He said</s>", "yes", answer), text_row("He said", answer, "no"),
                 {"prompt": "Hi", "chosen": [assistant(answer)], "rejected": NO}):  # fmt: skip
-        with pytest.raises(ValueError, match="a:1: blank answer: no token is left of .*200b"):
+        with pytest.raises(ValueError, match="a:1: blank answer: no token is left of .*xad"):
             load(tmp_path / "a", [row], tokenizer)
         assert not load(tmp_path / "a", [row], tokenizer, skip_bad_rows=True)[0]
 
@@ -994,6 +994,8 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
         ({"prompt": "Hi", "chosen": " ", "rejected": "no"}, "blank answer: chosen is ' '"),
         ({"prompt": "Hi", "chosen": "yes", "rejected": "\n\t\u00a0\u3000"}, "blank answer: rejected"),
         ({"prompt": "Hi", "chosen": "", "rejected": "no"}, "blank answer"),
+        ({"prompt": "Hi", "chosen": "\u200b", "rejected": "no"}, "blank answer: chosen is"),
+        ({"prompt": HEAD, "chosen": YES, "rejected": [assistant("\ufeff \u200d\n")]}, "blank answer: rejected is"),
         ({"prompt": "Hi", "chosen": [assistant(" \n")], "rejected": NO}, "blank answer"),
         ({"prompt": HEAD, "chosen": " ", "rejected": "no"}, "blank answer"),
         ({"chosen": HEAD + [assistant("")], "rejected": HEAD + NO}, "blank answer"),
@@ -1254,13 +1256,24 @@ def test_one_message_stands_for_a_list_of_one(with_template, tmp_path, name):
     assert one(tmp_path / "a", row | {name: row[name][0]}, tokenizer) == one(tmp_path / "b", row, tokenizer)
 
 
+@pytest.mark.parametrize("form", ["messages", "text"])
+def test_answers_that_are_equal_to_the_model_alone(tmp_path, form):
+    backend = byte_level()
+    backend.normalizer = normalizers.Lowercase()
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", template=LLAMA2, backend=backend))
+    row = {"prompt": [user("Hi")] if form == "messages" else "Hi", "chosen": " a", "rejected": " a\n"}
+    row |= {} if form == "messages" else {"rejected": " A"}
+    with pytest.raises(ValueError, match="equal answers: .*; the chat template or the tokenizer makes them equal"):
+        load(tmp_path / "a", [row], tokenizer)
+
+
 def test_refusals_say_what_to_do(with_template, tmp_path):
     tokenizer = with_template(CHATML)
     turns = [{"from": "human", "value": "Hi"}]
     for row, words in (
         ({"question": "Hi", "chosen": "yes", "rejected": "no"}, "no prompt: expected a prompt.*columns: chosen, question, r"),
         ({"prompt": turns, "chosen": YES, "rejected": NO}, 'rename "from" to "role".*columns'),
-        ({"prompt": "Hi", "chosen": "yes ", "rejected": "yes "}, "equal answers: chosen is 'yes ', rejected 'yes '"),
+        ({"prompt": "Hi", "chosen": "yes ", "rejected": "yes "}, "equal answers: chosen is 'yes ', rejected 'yes ' .col"),
         ({"prompt": "Hi", "chosen": [assistant("a<|im_end|>")], "rejected": [assistant("a<|im_end|>")]},
          "equal answers: chosen is 'a<.im_end.>', rejected 'a<.im_end.>'"),
     ):  # fmt: skip
