@@ -359,6 +359,26 @@ def test_report_counts(tmp_path):
     assert "4 rows read, 2 pairs kept, 1 of them truncated" in text and "1 bad rows skipped: equal answers" in text
 
 
+@pytest.mark.parametrize(
+    "texts, written, missing",
+    [
+        (["no", "no way"], "no way, no", []),  # the longest first, or the short one takes the beginning of the long one
+        (["no", "no"], "no way", [1]),
+        (['say "hi"\n'], 'call("say \\"hi\\"\\n")', []),  # written as JSON
+        (["a b", "c"], "c a  b", []),
+    ],
+)
+def test_texts_that_a_template_left_out(texts, written, missing):
+    said = [(f"text {i}", text) for i, text in enumerate(texts)]
+    assert data.left_out(said, written) == {f"text {i}" for i in missing}
+
+
+def test_labels_are_not_said():
+    call = {"id": "c1", "type": "function", "function": {"name": "add"}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3", "tool_call_id": "c1"}]
+    assert list(data.said_in("", messages)) == [("tool_calls of assistant", "add"), ("content of tool", "3")]
+
+
 def test_show_pair_without_a_tokenizer(tmp_path):
     row = {"prompt": list(range(10)), "chosen": list(range(20, 50)), "rejected": [11, 12]}
     [p], _ = load(write(tmp_path / "a", [row]), max_length=8, max_prompt_length=4)
