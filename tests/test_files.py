@@ -46,7 +46,7 @@ NAMED = {  # content, a word of its name, a word of the remedy
     "a table with quotes": (b'\xef\xbb\xbf"prompt","chosen"\r\n"x","y"\r\n', "csv", "to_json"),
     "a table with tabs": (b"question\tresponse_j\tresponse_k\nx\ty\tz\n", "csv", r"sep='\t', split='train').to_json"),
     "a table with semicolons": (b"prompt; chosen; rejected\nx; y; z\n", "csv", "sep=';', split='train').to_json"),
-    "a table with numbered rows": (b",prompt,chosen,rejected\n0,x,y,z\n", "csv", "data_files='{0}', split='train').to_json"),
+    "a table with numbered rows": (b",prompt,chosen,rejected\n0,x,y,z\n", "csv", "'{0}', split='train').to_json"),
     "a table with names of two words": (b"user prompt,chosen answer,bad r\xc3\xa9ponse\nx,y,z\n", "csv", "to_json"),
     "zip": (zipped("pairs.jsonl"), "zip", "unzip"),
     "gzip": (gzip.compress(ROW.encode(), mtime=0), "gzip", "gunzip"),
