@@ -142,9 +142,10 @@ def is_empty(value: object) -> bool:
     return value in (None, [], {}) or isinstance(value, str) and not value.strip()
 
 
-def check_unread(row: dict, prompt: object) -> None:
+def check_unread(row: dict, form: str, prompt: object) -> None:
     """Raises BadRow for a column that would change what the model sees if it were read, and is not in the prompt."""
-    remedies = UNREAD if is_empty(row.get("prompt")) else UNREAD | UNREAD_BESIDE_A_PROMPT
+    is_complete = form == "token ids" or is_empty(row.get("prompt"))  # token ids, or whole dialogues
+    remedies = UNREAD if is_complete else UNREAD | UNREAD_BESIDE_A_PROMPT
     for name, value in row.items():
         remedy = next((remedies[names] for names in remedies if re.fullmatch(names, name, re.IGNORECASE)), None)
         if not remedy or name in CONTEXT or is_empty(value) or not isinstance(value, str | list | dict):
@@ -177,7 +178,7 @@ def example_of(row: object) -> Example:
     if not isinstance(row, dict):
         raise BadRow("not an object", f"got {row!r:.60}; expected an object with prompt, chosen and rejected")
     form, parts = parts_of(row)
-    check_unread(row, parts[0])
+    check_unread(row, form, parts[0])
     given = {name: row[name] for name in CONTEXT if not is_empty(row.get(name))}
     if given and form != "messages":
         remedy = 'write the prompt as messages, [{"role": "user", "content": "…"}], so that the chat template is used'

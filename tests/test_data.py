@@ -238,7 +238,9 @@ def test_missing_file_and_several_files(tmp_path):
 
 
 def test_ids_are_taken_verbatim(tmp_path):
-    pairs, report = load(write(tmp_path / "a", [{**ROW, "score_chosen": float("nan"), "prompt_id": None}]))
+    pairs, report = load(
+        write(tmp_path / "a", [{**ROW, "score_chosen": float("nan"), "prompt_id": None, "input": "x"}])
+    )
     assert as_lists(pairs[0]) == [[1, 2], [3, 4], [5]] and all(ids.dtype == np.int32 for ids in pairs[0][:3])
     assert (report.prompt_tokens, report.response_tokens, report.special) == (2, 3, 0)
 
