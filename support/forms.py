@@ -148,10 +148,10 @@ def check_unread(row: dict, form: str, prompt: object) -> None:
     remedies = UNREAD if is_complete else UNREAD | UNREAD_BESIDE_A_PROMPT
     for name, value in row.items():
         remedy = next((remedies[names] for names in remedies if re.fullmatch(names, name, re.IGNORECASE)), None)
-        if not remedy or name in CONTEXT or is_empty(value) or not isinstance(value, str | list | dict):
+        if not remedy or name in CONTEXT or not isinstance(value, str | list | dict):
             continue
         said = value.strip() if isinstance(value, str) else value
-        if json.dumps(said)[1:-1] not in json.dumps(prompt):  # without its quotes or brackets: a part of a text or list
+        if json.dumps(said)[1:-1] not in json.dumps(prompt):  # its quotes or brackets aside; nothing is in any prompt
             details = f"{name} is {value!r:.60}, which the model would not see; {remedy}, or remove it"
             raise BadRow("unread column", details)
 

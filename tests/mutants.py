@@ -184,7 +184,7 @@ MUTANTS = [
             ("an empty text beside messages is a prompt", "if not is_empty(prompt) and prompt != repeated:", "if prompt is not None and prompt != repeated:"),
             ("columns that nobody reads pass in silence", "    check_unread(row, form, parts[0])\n", ""),
             ("columns in capitals are others", "re.fullmatch(names, name, re.IGNORECASE)", "re.fullmatch(names, name)"),
-            ("an empty column is refused", " or is_empty(value) or not", " or not"),
+            ("a column of null is refused", " or not isinstance(value, str | list | dict):", ":"),
             ("what the prompt has already is refused", "if json.dumps(said)[1:-1] not in json.dumps(prompt):", "if True:"),
             ("whole dialogues are refused for their history", "UNREAD if is_complete else UNREAD |", "UNREAD |"),
             ("the human's last words are an answer", "answer.rfind(HUMAN) > answer.rfind(TURN)", "False"),
