@@ -27,7 +27,7 @@ def table(arguments: str) -> str:
 def header(sep: bytes) -> bytes:
     """A pattern of the line that names a table's columns: two or more words, or three or more names with spaces."""
     word, name = rb'"?[\w.-]+"?', rb'"?[\w\x80-\xff][\w\x80-\xff. -]*"?'
-    return rb"(\xef\xbb\xbf)?((%b)?(%b%b)+|(%b)?(%b ?%b){2,})\r?\n" % (word, sep, word, name, sep, name)
+    return rb"(\xef\xbb\xbf)?(%b(%b%b)+|(%b)?(%b ?%b){2,})\r?\n" % (word, sep, word, name, sep, name)
 
 
 FROM_HUB = command("'NAME'")

@@ -151,7 +151,7 @@ def check_unread(row: dict, form: str, prompt: object) -> None:
         if not remedy or name in CONTEXT or not isinstance(value, str | list | dict):
             continue
         said = value.strip() if isinstance(value, str) else value
-        if json.dumps(said)[1:-1] not in json.dumps(prompt):  # its quotes or brackets aside; nothing is in any prompt
+        if json.dumps(said)[1:-1] not in json.dumps(prompt):  # without quotes or brackets; empty is in any
             details = f"{name} is {value!r:.60}, which the model would not see; {remedy}, or remove it"
             raise BadRow("unread column", details)
 
