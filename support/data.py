@@ -26,7 +26,7 @@ import numpy as np
 
 from model import Config
 from support.device import rank_and_world
-from support.files import what_is
+from support.files import check_data, kind_of
 from support.forms import CONTEXT, FIELDS, Example, example_of
 from support.report import progress_bar
 from support.rows import BadRow, Pair, ids_hash
@@ -81,15 +81,19 @@ def rows_of_array(stream: BinaryIO) -> list:
 def read_rows(path: str) -> Iterator[tuple[int, str, object]]:
     """Number, place and value of each row of JSON lines, or of one JSON array; either may be gzipped.
 
-    Raises ValueError for what is wrong with the file, not with a row: another kind of file, damaged, empty."""
+    Raises ValueError for what is wrong with the file, not with a row: another kind of file, damaged, empty; OSError if
+    it is not there."""
     number, empty, place = 0, True, "{}:{}"
+    check_data(Path(path))
     with open(path, "rb") as raw:
-        start = raw.peek(2)[:2]
-        if start and start != GZIP and (kind := what_is(path)):
-            raise ValueError(f"{path} is {kind}")
-        with gzip.open(raw) if start == GZIP else raw as stream:
+        is_packed = raw.peek(2)[:2] == GZIP
+        with gzip.open(raw) if is_packed else raw as stream:
             try:
-                is_array = stream.peek(512).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+                is_array, start = True, stream.peek(512)[:512]  # until a line is read, an error is that of the file
+                start = start.removeprefix(BOM_UTF8)
+                if start and (kind := kind_of(start, path)):
+                    raise ValueError(f"this is, unpacked, {kind}" if is_packed else f"this is {kind}")
+                is_array = start.lstrip().startswith(b"[")
                 place = "{}: row {}" if is_array else place
                 for number, row in enumerate(rows_of_array(stream) if is_array else rows_of_lines(stream), 1):
                     if row is not BLANK:
@@ -186,6 +190,14 @@ def encode(rows: Sequence[Texts], tokenizer: Tokenizer) -> None:
             row.ids = [next(ids) for _ in row.texts]
 
 
+def end_once(response: list[int], end: int, tokenizer: Tokenizer) -> list[int]:
+    """A response with its end token: behind the first one that only white space and more of them follow is nothing."""
+    n = len(response)
+    while n and (response[n - 1] == end or not tokenizer.decode(response[n - 1 : n]).strip()):
+        n -= 1
+    return response[: response.index(end, n) + 1] if end in response[n:] else [*response, end]
+
+
 def split_ids(row: Texts, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of prompt, chosen and rejected. Raises BadRow.
 
@@ -199,13 +211,14 @@ def split_ids(row: Texts, tokenizer: Tokenizer) -> list[list[int]]:
         raise BadRow("the prompt and the answers share no whole token", details)
     responses = []
     for whole, answer, ended in zip(wholes, row.example.parts[1:], row.ended):
-        if len(whole) - shared <= ended:
+        end = whole[-1] if ended else tokenizer.eos
+        if end is None:
+            raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer.json has")
+        response = end_once(whole[shared:], end, tokenizer)
+        if response == [end]:
             why = f"; the chat template leaves out {', '.join(sorted(row.left_out))}" if row.left_out else ""
             raise BadRow("blank answer", f"no token is left of {answer!r:.60}{why}")
-        if not ended and tokenizer.eos is None:
-            raise ValueError(f"no token ends an answer: {tokenizer.folder} names none that its tokenizer.json has")
-        add_end = not ended and whole[-1] != tokenizer.eos
-        responses.append(whole[shared:] + [tokenizer.eos] * add_end)
+        responses.append(response)
     return [head[:shared], *responses]
 
 
@@ -219,7 +232,8 @@ def check_ids(ids: list[list[int]], parts: list, vocab_size: int) -> None:
         chosen, rejected = (
             answer[-1].get("content") if isinstance(answer[-1], dict) else answer for answer in parts[1:]
         )
-        raise BadRow("equal answers", f"chosen is {chosen!r:.200}, rejected {rejected!r:.200}")
+        why = "" if parts[1] == parts[2] else "; the chat template or the tokenizer makes them equal"
+        raise BadRow("equal answers", f"chosen is {chosen!r:.200}, rejected {rejected!r:.200}{why}")
 
 
 def truncate(ids: list[list[int]], max_length: int, max_prompt_length: int, bos: int) -> list[list[int]]:
@@ -274,13 +288,9 @@ class Report:
         self.with_variables += bool(row.example.variables)
         self.variables.update(row.example.variables.keys())
 
-    def __str__(self) -> str:
-        lines = [
-            f"{self.read:,} rows read, {self.kept:,} pairs kept, {self.truncated:,} of them truncated",
-            f"{self.prompt_tokens:,} prompt tokens, {self.response_tokens:,} response tokens",
-            *(f"{n:,} bad rows skipped: {reason}" for reason, n in self.bad.most_common()),
-            *(f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.most_common()),
-        ]
+    def notes(self) -> list[str]:
+        """What to know about the pairs and the columns of their rows, a line each."""
+        lines = []
         for n, what, names in (
             (len(self.unread), "columns are not read", self.unread),
             (self.with_variables, "pairs have chat_template_kwargs", self.variables),
@@ -291,7 +301,16 @@ class Report:
         ):
             listed = ", ".join(f"{name} ({count:,})" for name, count in Counter(names).most_common())
             lines += [f"{n:,} {what}" + f": {listed}" * bool(listed)] * bool(n)
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.read:,} rows read, {self.kept:,} pairs kept, {self.truncated:,} of them truncated",
+            f"{self.prompt_tokens:,} prompt tokens, {self.response_tokens:,} response tokens",
+            *(f"{n:,} bad rows skipped: {reason}" for reason, n in self.bad.most_common()),
+            *(f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.most_common()),
+        ]
+        return "\n".join(lines + self.notes())
 
 
 class Dropped(BadRow):
@@ -463,8 +482,9 @@ def show_pairs(
     max_prompt_length: int | None = None,
     max_position_embeddings: int | None = None,
 ) -> Iterator[str]:
-    """The first n pairs, and a note in place of each bad row before the nth. Rows after the nth pair are not read.
+    """The first n pairs, a note in place of each bad row before the nth, and the report's notes on them.
 
+    Rows after the nth pair are not read.
     Raises ValueError, as load_pairs does, for problems that skipping a row cannot fix."""
     reader = Reader(tokenizer, vocab_size, max_length, max_prompt_length, max_position_embeddings)
     for found in reader.read(files, at_once=1):
@@ -475,7 +495,9 @@ def show_pairs(
         else:
             raise ValueError(str(found)) from found.error
         if reader.report.kept == n:
-            return
+            break
+    if notes := reader.report.notes():
+        yield "\n".join(notes)
 
 
 def print_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> None:

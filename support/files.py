@@ -5,14 +5,32 @@ from __future__ import annotations
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-DATASETS = "import datasets; datasets.load_dataset('KIND', data_files='PATH')['train'].to_json('pairs.jsonl')"
-TO_JSON = f'a table; make JSON lines of it with: python -c "{DATASETS}"'
+UTF8 = "text in {0}: convert it with `iconv -f {0} -t UTF-8`"
+
+
+def command(arguments: str) -> str:
+    """What makes JSON lines of the data set that load_dataset finds with these arguments."""
+    return f"python -c \"import datasets; datasets.load_dataset({arguments}, split='train').to_json('pairs.jsonl')\""
+
+
+def table(arguments: str) -> str:
+    return f"a table; make JSON lines of it with: {command(arguments)}"
+
+
+def header(sep: bytes) -> bytes:
+    """A pattern of the line that names a table's columns: two or more words, or three or more names with spaces."""
+    word, name = rb'"?[\w.-]+"?', rb'"?[\w\x80-\xff][\w\x80-\xff. -]*"?'
+    return rb"(\xef\xbb\xbf)?(%b(%b%b)+|(%b)?(%b ?%b){2,})\r?\n" % (word, sep, word, name, sep, name)
+
+
+FROM_HUB = command("'NAME'")
 KINDS = {  # how a file begins -> what it is, and what to do
     rb"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull` in its folder",
     rb"\s*(<!doctype|<html)": "an HTML page in place of the file: download the file again",
@@ -25,10 +43,14 @@ KINDS = {  # how a file begins -> what it is, and what to do
     rb"\x28\xb5\x2f\xfd": "a zstd file: unpack it with `zstd -d`",
     rb"BZh": "a bzip2 file: unpack it with `bunzip2`",
     rb"\xfd7zXZ": "an xz file: unpack it with `unxz`",
-    rb"\xff\xfe|\xfe\xff|([\n\r -~]\0){2}|(\0[\n\r -~]){2}": "text in UTF-16: convert it to UTF-8 with `iconv`",
-    rb"PAR1": TO_JSON.replace("KIND", "parquet"),
-    rb"ARROW1|\xff{4}": TO_JSON.replace("KIND", "arrow"),
-    rb'(\xef\xbb\xbf)?"?\w[\w.-]*"?([,;\t]"?\w[\w.-]*"?)+\r?\n': TO_JSON.replace("KIND", "csv"),  # names of columns
+    rb"\xff\xfe\0\0|\0\0\xfe\xff|([\n\r -~]\0{3}){2}|(\0{3}[\n\r -~]){2}": UTF8.format("UTF-32"),
+    rb"\xff\xfe|\xfe\xff|([\n\r -~]\0){2}|(\0[\n\r -~]){2}": UTF8.format("UTF-16"),
+    rb"PAR1": table("'parquet', data_files='PATH'"),
+    rb"ARROW1|\xff{4}": table("'arrow', data_files='PATH'"),
+    header(b","): table("'csv', data_files='PATH'"),
+    header(b";"): table("'csv', data_files='PATH', sep=';'"),
+    header(b"\t"): table(r"'csv', data_files='PATH', sep='\t'"),
+    BOM_UTF8: "UTF-8 with a byte-order mark: save it without one",
 }
 
 
@@ -38,7 +60,11 @@ def what_is(path: str | os.PathLike) -> str | None:
     The answer completes a sentence, f"{path} is {what_is(path)}". Raises OSError if the file cannot be read.
     """
     with open(path, "rb") as file:
-        start = file.read(512)
+        return kind_of(file.read(512), path)
+
+
+def kind_of(start: bytes, path: str | os.PathLike) -> str | None:
+    """What a file at `path` is that begins with these bytes, up to 512 of them, as `what_is` says it."""
     if not start:
         return "empty: download it again"
     if start[8:10] == b'{"':  # safetensors: the 8 bytes before are a number, which can look like anything
@@ -49,8 +75,28 @@ def what_is(path: str | os.PathLike) -> str | None:
     return None
 
 
+def check_link(path: Path) -> None:
+    """FileNotFoundError if `path` is a broken link, as in a cache folder that was copied without its blobs."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a broken link, to {os.readlink(path)}: download the file again")
+
+
+def check_data(path: Path) -> None:
+    """FileNotFoundError or IsADirectoryError, with a remedy, for a path that is no file of data."""
+    check_link(path)
+    if path.is_dir():
+        names = ", ".join(sorted(child.name for child in path.iterdir())[:9])
+        raise IsADirectoryError(f"{path} is a folder; name the files in it that are meant ({names or 'it is empty'})")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; a data set of the Hub becomes one with: {FROM_HUB}")
+
+
 def check_folder(folder: Path, wanted: str) -> None:
-    """FileNotFoundError if folder/wanted does not exist: what the folder is instead of a checkpoint, and what to do."""
+    """FileNotFoundError if folder/wanted does not exist: what the folder is instead of a checkpoint, and what to do.
+
+    Broken links are named: that of the tokenizer too, which would be taken for a folder without one."""
+    for name in (wanted, "tokenizer.json"):
+        check_link(folder / name)
     if (folder / wanted).exists():
         return
     inner = sorted([*folder.glob(f"*/{wanted}"), *folder.glob(f"snapshots/*/{wanted}")])

@@ -13,13 +13,21 @@ from support.rows import BadRow
 
 FIELDS = ("prompt", "chosen", "rejected")
 CONTEXT = ("system", "tools", "chat_template_kwargs")  # columns that only a chat template can write into a text
+UNREAD = {  # other columns that would change what the model sees -> what to do with them
+    "sys.*|preamble": "rename it to system",
+    "functions?": "rename it to tools",
+    "documents?|images?|videos?|audios?": "write it into prompt as text",
+}
+UNREAD_BESIDE_A_PROMPT = {"instruction|input|context|history": "merge it into prompt"}
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"  # what questions and answers follow in dialogues written as plain text
 ACCEPTED = "expected prompt, chosen and rejected, all as text, as messages or as token ids"
 RENAME = "rename columns that have other names"
 NO_PROMPT = f"expected a prompt, or two whole dialogues (messages, or text with {TURN!r}) that begin alike; {RENAME}"
+ALIKE = "expected two answers, or two whole dialogues with the same messages before an answer"
 NOT_A_MESSAGE = f"expected an object with a role ({', '.join(ROLES)}) and a text as content"
 SHAREGPT = '; rename "from" to "role" (human: user, gpt: assistant), "value" to "content", "conversations" to "prompt"'
+BLANK = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]*")  # white space, and what has no width at all
 AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|messages)["']\s*:""")  # tables often hold messages so
 
 
@@ -34,7 +42,7 @@ class Example(NamedTuple):
 
 def form_of(name: str, value: object) -> tuple[str, object]:
     """The form of one column and its value, messages checked and without nulls."""
-    if value is None:
+    if value is None or name == "prompt" and value in ([], {}):
         return "absent", None
     if isinstance(value, str):
         if AS_TEXT.match(value):
@@ -62,12 +70,14 @@ def split_texts(prompt: str | None, chosen: str, rejected: str) -> tuple[str, st
 
     Dialogues part at the last start of an answer before which they are equal."""
     places = [0]
-    if prompt is not None:
-        dialogues = [text for text in (chosen, rejected) if TURN in text]
+    dialogues = [text for text in (chosen, rejected) if TURN in text]
+    are_whole = sum(text.startswith(HUMAN) for text in dialogues) == 2
+    if prompt is not None and not (are_whole and is_empty(prompt)):
         repeats = sum(bool(prompt.strip()) and text.startswith(prompt) for text in dialogues)
-        if repeats == 1 or repeats == 0 and sum(text.startswith(HUMAN) for text in dialogues) == 2:
+        if repeats == 1 or repeats == 0 and are_whole:
             found = f"prompt is {prompt!r:.60}, chosen {chosen!r:.60}, rejected {rejected!r:.60}"
-            raise BadRow("two prompts", f"{found}; both dialogues must repeat the prompt, or neither")
+            expected = "two dialogues that begin with the prompt or have none beside them, or two answers"
+            raise BadRow("two prompts", f"{found}; expected {expected}")
         if not repeats:
             return prompt, chosen, rejected
         places = [len(prompt)]
@@ -91,10 +101,11 @@ def split_messages(prompt: str | list | None, chosen: list, rejected: list) -> t
     n = max((n for n in places if chosen[:n] == rejected[:n]), default=0)
     head = chosen[:n]
     if not head:
-        raise BadRow("no prompt", NO_PROMPT)
+        found = f"chosen begins with {chosen[0]!r:.80}, rejected with {rejected[0]!r:.80}"
+        raise BadRow("different dialogues", f"{found}; {ALIKE}")
     asked = next((message.get("content") for message in head if message["role"] == "user"), None)
     repeated = asked if isinstance(prompt, str) else head[: len(prompt or ())]
-    if prompt is not None and prompt != repeated:
+    if not is_empty(prompt) and prompt != repeated:
         raise BadRow("two prompts", f"prompt is {prompt!r:.60}, but the dialogues begin with {asked!r:.60}")
     return head, chosen[n:], rejected[n:]
 
@@ -116,10 +127,12 @@ def parts_of(row: dict) -> tuple[str, list]:
     if form == "messages" and prompt[-1]["role"] == "assistant" and prompt[-1].get("tool_calls"):
         raise BadRow("no prompt", "the prompt ends with a tool call of the assistant, which no answer can continue")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        last = answer[-1] if form == "messages" else {"role": "assistant", "content": answer}
+        human_ends = form == "text" and TURN in prompt and answer.rfind(HUMAN) > answer.rfind(TURN)
+        written = {"role": "user" if human_ends else "assistant", "content": answer}
+        last = answer[-1] if form == "messages" else written
         if last["role"] != "assistant":
             raise BadRow("no answer", f"{name} ends with a message of {last['role']}; expected one of assistant")
-        if not last.get("content", "").strip() and not last.get("tool_calls"):
+        if BLANK.fullmatch(last.get("content", "")) and not last.get("tool_calls"):
             raise BadRow("blank answer", f"{name} is {answer!r:.60}")
     return form, [prompt, chosen, rejected]
 
@@ -127,6 +140,20 @@ def parts_of(row: dict) -> tuple[str, list]:
 def is_empty(value: object) -> bool:
     """Tables write an absent column as null, or as an empty text, list or object."""
     return value in (None, [], {}) or isinstance(value, str) and not value.strip()
+
+
+def check_unread(row: dict, form: str, prompt: object) -> None:
+    """Raises BadRow for a column that would change what the model sees if it were read, and is not in the prompt."""
+    is_complete = form == "token ids" or is_empty(row.get("prompt"))  # token ids, or whole dialogues
+    remedies = UNREAD if is_complete else UNREAD | UNREAD_BESIDE_A_PROMPT
+    for name, value in row.items():
+        remedy = next((remedies[names] for names in remedies if re.fullmatch(names, name, re.IGNORECASE)), None)
+        if not remedy or name in CONTEXT or not isinstance(value, str | list | dict):
+            continue
+        said = value.strip() if isinstance(value, str) else value
+        if json.dumps(said)[1:-1] not in json.dumps(prompt):  # without quotes or brackets; empty is in any
+            details = f"{name} is {value!r:.60}, which the model would not see; {remedy}, or remove it"
+            raise BadRow("unread column", details)
 
 
 def from_json(name: str, value: object, kind: type) -> object:
@@ -151,9 +178,7 @@ def example_of(row: object) -> Example:
     if not isinstance(row, dict):
         raise BadRow("not an object", f"got {row!r:.60}; expected an object with prompt, chosen and rejected")
     form, parts = parts_of(row)
-    for name in row:  # it would change what the model sees, under a name that nobody reads
-        if name.lower().startswith("system") and name != "system" and not is_empty(row[name]):
-            raise BadRow("unread system text", f"{name} is {row[name]!r:.60}; rename it to system, or remove it")
+    check_unread(row, form, parts[0])
     given = {name: row[name] for name in CONTEXT if not is_empty(row.get(name))}
     if given and form != "messages":
         remedy = 'write the prompt as messages, [{"role": "user", "content": "…"}], so that the chat template is used'

@@ -6,16 +6,16 @@ of a prompt, and one clear error for whatever the library throws."""
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from support.files import what_is
+from support.files import check_link, read_json, what_is
 from support.rows import MAX_DETAIL, BadRow
 
+JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 MARK = "Xq7AnswerXq7"  # stands for an answer where only the text that the template writes after it matters
 
 
@@ -39,20 +39,23 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """Raises ImportError without the extra hf, ValueError naming the folder if its tokenizer cannot be read."""
+        """Raises ImportError without the extra hf, ValueError or OSError naming what cannot be read."""
         self = cls()
         self.folder = Path(folder)
-        file = self.folder / "tokenizer.json"
         try:
             import tokenizers
             from transformers import PreTrainedTokenizerFast
         except ImportError as error:
             raise ImportError("text needs the package transformers: pip install -e '.[hf]'") from error
-        if file.exists() and (kind := what_is(file)):
-            raise ValueError(f"{file} is {kind}")
+        for file in (self.folder / name for name in ("tokenizer.json", "chat_template.jinja", *JSON_FILES)):
+            check_link(file)
+            if file.exists() and (kind := what_is(file)):
+                raise ValueError(f"{file} is {kind}")
+            if file.exists() and file.name in JSON_FILES:
+                read_json(file)  # whose errors name the file, which those of the library do not
         with one_error(ValueError, f"cannot read the tokenizer of {folder}"):
             # tokenizer.json is the truth. AutoTokenizer would rebuild some tokenizers from the name of their class.
-            own = tokenizers.Tokenizer.from_file(str(file))
+            own = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
             self.library = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
             self.backend = self.library.backend_tokenizer
             self.backend.no_truncation()  # these three may be stored in tokenizer.json, from its own training;
@@ -61,7 +64,7 @@ class Tokenizer:
                 self.backend.model.dropout = None
             self.eos = own.token_to_id(self.library.eos_token or "")
             if self.library.eos_token is None and (config := self.folder / "config.json").exists():
-                named = json.loads(config.read_text("utf-8")).get("eos_token_id")
+                named = read_json(config).get("eos_token_id")
                 named = named[0] if isinstance(named, list) else named
                 self.eos = None if named is None or own.id_to_token(named) is None else named
             # The library adds a token that only a config names after the last id of tokenizer.json: no model has it.

@@ -221,8 +221,13 @@ def test_a_huge_line_is_refused_unread(tmp_path):
 
 
 def test_missing_file_and_several_files(tmp_path):
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(OSError, match="nowhere: no such file; .*load_dataset.'NAME', split='train'.*to_json"):
         load(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(OSError, match="link is a broken link, to gone"):
+        load(tmp_path / "link")
+    with pytest.raises(OSError, match="is a folder; name the files in it that are meant .link."):
+        load(tmp_path)
     one, two = write(tmp_path / "one", [ROW]), write(tmp_path / "two", [{**ROW, "rejected": [6]}, ROW])
     pairs, report = load_pairs([one, str(two)], None, 100, 64, progress=False)
     assert [(p.file, p.line) for p in pairs] == [(str(one), 1), (str(two), 1), (str(two), 2)] and report.read == 3
@@ -233,7 +238,9 @@ def test_missing_file_and_several_files(tmp_path):
 
 
 def test_ids_are_taken_verbatim(tmp_path):
-    pairs, report = load(write(tmp_path / "a", [{**ROW, "score_chosen": float("nan"), "prompt_id": None}]))
+    pairs, report = load(
+        write(tmp_path / "a", [{**ROW, "score_chosen": float("nan"), "prompt_id": None, "input": "x"}])
+    )
     assert as_lists(pairs[0]) == [[1, 2], [3, 4], [5]] and all(ids.dtype == np.int32 for ids in pairs[0][:3])
     assert (report.prompt_tokens, report.response_tokens, report.special) == (2, 3, 0)
 
@@ -257,7 +264,7 @@ def test_the_last_id_of_the_vocabulary_is_fine(tmp_path):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"prompt": []}, "unknown form|empty"),
+        ({"prompt": []}, "mixed forms"),
         ({"chosen": []}, "unknown form|blank"),
         ({"prompt": None}, "mixed forms"),
         ({"prompt": "text"}, "mixed forms"),
@@ -354,6 +361,26 @@ def test_report_counts(tmp_path):
     assert "4 rows read, 2 pairs kept, 1 of them truncated" in text and "1 bad rows skipped: equal answers" in text
 
 
+@pytest.mark.parametrize(
+    "texts, written, missing",
+    [
+        (["no", "no way"], "no way, no", []),  # the longest first, or the short one takes the beginning of the long one
+        (["no", "no"], "no way", [1]),
+        (['say "hi"\n'], 'call("say \\"hi\\"\\n")', []),  # written as JSON
+        (["a b", "c"], "c a  b", []),
+    ],
+)
+def test_texts_that_a_template_left_out(texts, written, missing):
+    said = [(f"text {i}", text) for i, text in enumerate(texts)]
+    assert data.left_out(said, written) == {f"text {i}" for i in missing}
+
+
+def test_labels_are_not_said():
+    call = {"id": "c1", "type": "function", "function": {"name": "add"}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3", "tool_call_id": "c1"}]
+    assert list(data.said_in("", messages)) == [("tool_calls of assistant", "add"), ("content of tool", "3")]
+
+
 def test_show_pair_without_a_tokenizer(tmp_path):
     row = {"prompt": list(range(10)), "chosen": list(range(20, 50)), "rejected": [11, 12]}
     [p], _ = load(write(tmp_path / "a", [row]), max_length=8, max_prompt_length=4)
@@ -383,12 +410,17 @@ def test_memory_is_that_of_the_ids(tmp_path):
         (b"prompt,chosen,rejected\nHi,yes,no\n", "a table; make JSON lines"),
         (json.dumps(ROW).encode("utf-16"), "text in UTF-16"),
         (b"<!DOCTYPE html><html>", "an HTML page"),
+        (gzip.compress(gzip.compress(LINE, mtime=0), mtime=0), "a gzip file.*gunzip"),
     ],
 )
-def test_a_file_that_is_something_else(tmp_path, content, words):
-    (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match=f"a is {words}"):
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_that_is_something_else(tmp_path, content, words, pack):
+    (tmp_path / "a").write_bytes(pack(content))
+    unpacked = ", unpacked," * (pack(content)[:2] == data.GZIP)
+    with pytest.raises(ValueError, match=f"a: this is{unpacked} {words}"):
         load(tmp_path / "a", skip_bad_rows=True)
+    with pytest.raises(ValueError, match=f"a: this is{unpacked} {words}"):
+        list(data.show_pairs([tmp_path / "a"], 1, None, 100, 64))
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])

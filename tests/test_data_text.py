@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from support import data
 from support.data import load_pairs, show_pair
-from support.forms import TURN, Example, parts_of
+from support.forms import FIELDS, TURN, Example, parts_of
 from support.rows import BadRow
 from support.text import Tokenizer
 
@@ -342,13 +342,12 @@ def test_a_prompt_beside_whole_dialogues_as_text_is_not_doubled(tmp_path, kinds)
         (HEAD_TEXT, HEAD_TEXT + " yes", " no"),
         (HEAD_TEXT, " yes", HEAD_TEXT + " no"),
         ("He said", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
-        ("", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
         ("\n\nHuman: Ho", HEAD_TEXT + " yes", HEAD_TEXT + " no"),
         ("\n\nHuman: He said", HEAD_TEXT + " yes", "\n\nHuman: He said no"),
     ],
 )
 def test_whole_dialogues_beside_another_prompt_are_refused(prompt, chosen, rejected):
-    with pytest.raises(BadRow, match="two prompts"):
+    with pytest.raises(BadRow, match="two prompts: .*; expected two dialogues that begin with the prompt or have none"):
         parts_of({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
@@ -358,7 +357,8 @@ def test_a_prompt_that_ends_before_the_answers_turn():
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, "\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"]
+    "prompt",
+    [None, "", " \n", [], "\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"],
 )
 def test_dialogues_part_at_one_place_whatever_prompt_stands_beside_them(prompt):
     head = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
@@ -374,6 +374,7 @@ def test_dialogues_without_their_first_line_breaks():
 def test_an_answer_that_goes_on_with_other_turns_is_an_answer():
     for answers in ((" yes", "\n\nHuman: next\n\nAssistant: no"), (" b\n\nHuman: c\n\nAssistant: d", " e")):
         assert parts_of(text_row(HEAD_TEXT, *answers)) == ("text", [HEAD_TEXT, *answers])
+    assert parts_of(text_row("A play:", " yes\n\nHuman: no", " no"))[1][1] == " yes\n\nHuman: no"  # no dialogue
 
 
 REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
@@ -581,17 +582,42 @@ def test_a_folder_that_cannot_be_read(tmp_path, broken, content):
     elif broken != "tokenizer.json":
         assert Tokenizer.from_pretrained(folder)  # neither config is needed
         return
-    with pytest.raises(ValueError, match=str(folder)):
+    named = folder if broken == "tokenizer.json" else folder / broken
+    with pytest.raises(ValueError, match=str(named)):
         Tokenizer.from_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------------- chats
 
 
-def test_a_pointer_in_place_of_a_tokenizer(tmp_path):
-    folder = make(tmp_path / "m")
-    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="tokenizer.json is a Git LFS pointer.*git lfs pull"):
+SIDE_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "config.json",
+]
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer.*git lfs pull"),
+        (b"", "empty: download it again"),
+        (b"\xef\xbb\xbf{}", "UTF-8 with a byte-order mark"),
+        ("{}  ".encode("utf-16"), "text in UTF-16"),
+        (None, "a broken link, to nowhere"),
+    ],
+)
+def test_a_file_of_a_tokenizer_that_is_something_else(tmp_path, name, content, words):
+    folder = make(tmp_path / "m", template="T", model={})
+    (folder / name).unlink(missing_ok=True)
+    if content is None:
+        (folder / name).symlink_to("nowhere")
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is {words}"):
         Tokenizer.from_pretrained(folder)
 
 
@@ -619,7 +645,7 @@ ANSWERS = [
 @pytest.mark.parametrize("kind", ["byte level", "prepend", "metaspace", "words with both"])
 @pytest.mark.parametrize("name", ENDS)
 def test_chats_end_with_their_end_of_turn_once(with_template, tmp_path, name, kind):
-    """Against transformers' own ids of the whole dialogue, cut behind the last end of turn."""
+    """Against transformers' own ids of the whole dialogue, cut behind the first of the ends of turn that end it."""
     tokenizer = with_template(TEMPLATES[name], kind)
     theirs = transformers.AutoTokenizer.from_pretrained(tokenizer.folder)
     end = tokenizer.backend.token_to_id(ENDS[name])
@@ -630,7 +656,10 @@ def test_chats_end_with_their_end_of_turn_once(with_template, tmp_path, name, ki
             for answer, response in zip((chosen, rejected), responses):
                 text = theirs.apply_chat_template([*messages, assistant(answer)], tokenize=False)
                 ids = theirs(text, add_special_tokens=False)["input_ids"]
-                assert prompt + response == ids[: len(ids) - ids[::-1].index(end)]
+                ids = ids[: len(ids) - ids[::-1].index(end)]
+                while ids[-2] == end:  # typed at the end of the answer
+                    ids.pop()
+                assert prompt + response == ids
                 assert tokenizer.backend.decode(response[-1:], skip_special_tokens=False) == ENDS[name]
             head = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             assert prompt == theirs(head, add_special_tokens=False)["input_ids"][: len(prompt)]
@@ -640,7 +669,7 @@ def test_a_typed_end_of_turn_is_not_the_end(with_template, tmp_path):
     tokenizer = with_template(PHI3)
     row = {"prompt": "Hi", "chosen": [assistant("one <|end|> two")], "rejected": [assistant("three <|end|>")]}
     prompt, chosen, rejected = one(tmp_path / "a", row, tokenizer)
-    assert tokenizer.decode(chosen) == "one <|end|> two<|end|>" and tokenizer.decode(rejected) == "three <|end|><|end|>"
+    assert tokenizer.decode(chosen) == "one <|end|> two<|end|>" and tokenizer.decode(rejected) == "three <|end|>"
     assert (
         load(tmp_path / "a", [row, {**row, "chosen": [assistant("x")], "rejected": [assistant("y")]}], tokenizer)[
             1
@@ -673,14 +702,31 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token(with_template, tmp
     assert tokenizer.decode(chosen) == "yes \n</s>" and tokenizer.decode(rejected) == "no</s>"
 
 
-@pytest.mark.parametrize("answer", ["\u200b", "\u200b\u200b"])
+@pytest.mark.parametrize("behind", ["", "\n", "<|im_end|>", " <|im_end|>\n \n"])
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_an_end_that_the_answer_carries_is_its_only_one(with_template, tmp_path, form, behind):
+    tokenizer = with_template(CHATML, config={**NAMED, "eos_token": "<|im_end|>"})
+
+    def row(chosen, rejected):
+        messages = {"prompt": "Hi", "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+        prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        return messages if form == "messages" else text_row(prompt, chosen, rejected)
+
+    carried = row("A<|im_end|>\nB<|im_end|>" + behind, "C\n<|im_end|>" + behind)
+    _, chosen, rejected = one(tmp_path / "a", carried, tokenizer)
+    assert tokenizer.decode(chosen) == "A<|im_end|>\nB<|im_end|>" and tokenizer.decode(rejected) == "C\n<|im_end|>"
+    with pytest.raises(ValueError, match="a:1: blank answer: no token is left of"):
+        one(tmp_path / "a", row("<|im_end|>" + behind, "C"), tokenizer)
+
+
+@pytest.mark.parametrize("answer", ["\u00ad", "\u00ad\u00ad"])
 def test_an_answer_of_which_no_token_is_left_is_blank(with_template, tmp_path, answer):
     backend = byte_level()
     backend.normalizer = normalizers.BertNormalizer(clean_text=True, lowercase=False, strip_accents=False)
     tokenizer = with_template(CHATML, backend=backend)
     for row in (text_row("He said</s>", "yes", answer), text_row("He said", answer, "no"),
                 {"prompt": "Hi", "chosen": [assistant(answer)], "rejected": NO}):  # fmt: skip
-        with pytest.raises(ValueError, match="a:1: blank answer: no token is left of .*200b"):
+        with pytest.raises(ValueError, match="a:1: blank answer: no token is left of .*xad"):
             load(tmp_path / "a", [row], tokenizer)
         assert not load(tmp_path / "a", [row], tokenizer, skip_bad_rows=True)[0]
 
@@ -853,6 +899,10 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"prompt": None, "chosen": HEAD + YES, "rejected": HEAD + NO, "score_chosen": 9.0}, HEAD, YES, NO),
         ({"prompt": HEAD, "chosen": HEAD + YES, "rejected": HEAD + NO}, HEAD, YES, NO),
         ({"prompt": HEAD[:1], "chosen": HEAD + YES, "rejected": HEAD + NO}, HEAD, YES, NO),
+        *(
+            ({"prompt": empty, "chosen": HEAD + YES, "rejected": HEAD + NO}, HEAD, YES, NO)
+            for empty in ("", " ", [], {})
+        ),
         ({"prompt": "Hi", "chosen": [SYSTEM, *HEAD, *YES], "rejected": [SYSTEM, *HEAD, *NO]}, [SYSTEM, *HEAD], YES, NO),
         # they part before an earlier assistant turn
         ({"chosen": HEAD + YES, "rejected": HEAD[:1] + NO}, HEAD[:1], HEAD[1:] + YES, NO),
@@ -894,15 +944,19 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
             "mixed forms: prompt is text, chosen text, rejected messages",
         ),
         ({"prompt": "Hi", "chosen": YES, "rejected": "no"}, "mixed forms"),
-        ({"prompt": "Hi", "chosen": HEAD + YES, "rejected": NO}, "no prompt"),
-        ({"prompt": "Hi", "chosen": YES, "rejected": HEAD + NO}, "no prompt"),
+        (
+            {"prompt": [user("Hi")], "chosen": HEAD + YES, "rejected": NO},
+            "different dialogues: chosen begins with {'role': 'user'.*, rejected with {'role': 'assistant'.*; expected two a",
+        ),
+        ({"prompt": "Hi", "chosen": YES, "rejected": HEAD + NO}, "different dialogues"),
+        ({"prompt": "Hi", "chosen": HEAD + YES, "rejected": [user("Ho"), *NO]}, "different dialogues: .*'Hi'.*'Ho'"),
         ({"prompt": [1, 2], "chosen": YES, "rejected": NO}, "mixed forms: prompt is token ids"),
         ({"prompt": [1, 2], "chosen": "yes", "rejected": "no"}, "mixed forms"),
         ({"prompt": "Hi", "chosen": [1], "rejected": [2]}, "mixed forms"),
         ({"chosen": YES, "rejected": NO}, "no prompt"),
         ({"chosen": "yes", "rejected": "no"}, "no prompt.*Assistant"),
-        ({"chosen": HEAD + YES, "rejected": [user("Ho"), *NO]}, "no prompt"),
-        ({"chosen": [user("Hi"), *YES], "rejected": [user("Ho"), *NO]}, "no prompt"),
+        ({"chosen": HEAD + YES, "rejected": [user("Ho"), *NO]}, "different dialogues"),
+        ({"chosen": [user("Hi"), *YES], "rejected": [user("Ho"), *NO]}, "different dialogues"),
         ({"prompt": "Hi ", "chosen": HEAD + YES, "rejected": HEAD + NO}, "two prompts: prompt is 'Hi '.*'Hi'"),
         ({"prompt": "And?", "chosen": HEAD + YES, "rejected": HEAD + NO}, "two prompts"),
         ({"prompt": [user("Ho")], "chosen": HEAD + YES, "rejected": HEAD + NO}, "two prompts"),
@@ -932,7 +986,7 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
             "unknown form: prompt is a list of strings, .'Hi'.;.*as text, as",
         ),
         ({"prompt": "Hi", "chosen": ["yes"], "rejected": ["no"]}, "unknown form: chosen is a list of strings"),
-        ({"prompt": [], "chosen": YES, "rejected": NO}, "unknown form"),
+        ({"prompt": [], "chosen": YES, "rejected": NO}, "no prompt"),
         ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "unknown form"),
         ({"prompt": "Hi", "chosen": YES}, "missing field: no rejected;.*columns: chosen, prompt"),
         ({"prompt": "Hi", "chosen": None, "rejected": NO}, "missing field"),
@@ -940,6 +994,8 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
         ({"prompt": "Hi", "chosen": " ", "rejected": "no"}, "blank answer: chosen is ' '"),
         ({"prompt": "Hi", "chosen": "yes", "rejected": "\n\t\u00a0\u3000"}, "blank answer: rejected"),
         ({"prompt": "Hi", "chosen": "", "rejected": "no"}, "blank answer"),
+        ({"prompt": "Hi", "chosen": "\u200b", "rejected": "no"}, "blank answer: chosen is"),
+        ({"prompt": HEAD, "chosen": YES, "rejected": [assistant("\ufeff \u200d\n")]}, "blank answer: rejected is"),
         ({"prompt": "Hi", "chosen": [assistant(" \n")], "rejected": NO}, "blank answer"),
         ({"prompt": HEAD, "chosen": " ", "rejected": "no"}, "blank answer"),
         ({"chosen": HEAD + [assistant("")], "rejected": HEAD + NO}, "blank answer"),
@@ -947,6 +1003,9 @@ def test_forms_of_messages(with_template, tmp_path, row, prompt, chosen, rejecte
         ({"prompt": "Hi", "chosen": YES, "rejected": YES}, "equal answers"),
         ({"chosen": HEAD + YES, "rejected": HEAD + YES}, "equal answers"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "equal answers"),
+        # plain text that ends with a turn of the human
+        ({"chosen": HEAD_TEXT + " b\n\nHuman: c", "rejected": HEAD_TEXT + " d"}, "no answer: chosen .* of user"),
+        ({"prompt": HEAD_TEXT, "chosen": " b", "rejected": " d\n\nHuman: c"}, "no answer: rejected .* of user"),
         ({"prompt": "Hi", "chosen": "half \ud800", "rejected": "no"}, "not JSON: .*surrogates"),
     ],
 )
@@ -1117,7 +1176,20 @@ def test_tools_and_kwargs_reach_the_template(with_template, tmp_path, tools, kwa
     [
         ({"system": 3}, "unusable system: system is 3"),
         ({"system": [SYSTEM]}, "unusable system"),
-        ({"system_prompt": "Be long."}, "unread system text: system_prompt is 'Be long.'; rename it to system"),
+        (
+            {"system_prompt": "Be long."},
+            "unread column: system_prompt is 'Be long.', .*; rename it to system, or remove",
+        ),
+        *(
+            ({name: "Be long."}, f"unread column: {name} .* to system,")
+            for name in ("System_Prompt", "sysprompt", "preamble")
+        ),
+        ({"functions": TOOLS}, "unread column: functions is .*; rename it to tools"),
+        *(({name: [{"a": "x"}]}, f"unread column: {name} .* as text, or") for name in ("documents", "images", "audio")),
+        *(
+            ({name: "x" * 9}, f"unread column: {name} .*; merge it")
+            for name in ("instruction", "input", "context", "history")
+        ),
         ({"system": "Be long.", "prompt": [SYSTEM, user("Hi")]}, "two system messages: system is 'Be long.'"),
         ({"tools": "add"}, "unusable tools: .*no JSON"),
         ({"tools": {"name": "add"}}, "unusable tools: .*expected a list of objects"),
@@ -1152,11 +1224,47 @@ def test_columns_that_nothing_reads_are_counted(tmp_path, kinds):
     assert "3 columns are not read: score (2), sytem (1), question (1)" in str(report)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "prompt_id": "a", "messages": HEAD, "score_chosen": 9.0, "score_rejected": 1.0, "source": "x"},
+        {
+            "prompt": "Hi",
+            "system_prompt": None,
+            "sys_prompt": " ",
+            "sysop": 3,
+            "images": [],
+            "context": "",
+            "history": [],
+        },
+        {"prompt": [SYSTEM, user("Hi")], "system_prompt": "Be brief.\n", "instruction": "Hi"},  # the prompt has them
+        {"prompt": [SYSTEM, user("Hi")], "history": [SYSTEM]},
+        {"instruction": "Ho", "context": "x", "chosen": HEAD + YES, "rejected": HEAD + NO},  # whole dialogues need none
+        {"prompt": "Hi", "question": "x", "category": "x", "id": "x", "chosen_model": "x", "rationale": "x"},
+    ],
+)
+def test_columns_that_change_nothing_are_listed_alone(with_template, tmp_path, row):
+    row = {"chosen": YES, "rejected": NO} | row
+    _, report = load(tmp_path / "a", [row], with_template(CHATML))
+    assert set(report.unread) == {name for name in row if name not in FIELDS and row[name] is not None}
+
+
 @pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
 def test_one_message_stands_for_a_list_of_one(with_template, tmp_path, name):
     row = {"prompt": [user("Hi")], "chosen": YES, "rejected": NO}
     tokenizer = with_template(CHATML)
     assert one(tmp_path / "a", row | {name: row[name][0]}, tokenizer) == one(tmp_path / "b", row, tokenizer)
+
+
+@pytest.mark.parametrize("form", ["messages", "text"])
+def test_answers_that_are_equal_to_the_model_alone(tmp_path, form):
+    backend = byte_level()
+    backend.normalizer = normalizers.Lowercase()
+    tokenizer = Tokenizer.from_pretrained(make(tmp_path / "m", template=LLAMA2, backend=backend))
+    row = {"prompt": [user("Hi")] if form == "messages" else "Hi", "chosen": " a", "rejected": " a\n"}
+    row |= {} if form == "messages" else {"rejected": " A"}
+    with pytest.raises(ValueError, match="equal answers: .*; the chat template or the tokenizer makes them equal"):
+        load(tmp_path / "a", [row], tokenizer)
 
 
 def test_refusals_say_what_to_do(with_template, tmp_path):
@@ -1165,7 +1273,7 @@ def test_refusals_say_what_to_do(with_template, tmp_path):
     for row, words in (
         ({"question": "Hi", "chosen": "yes", "rejected": "no"}, "no prompt: expected a prompt.*columns: chosen, question, r"),
         ({"prompt": turns, "chosen": YES, "rejected": NO}, 'rename "from" to "role".*columns'),
-        ({"prompt": "Hi", "chosen": "yes ", "rejected": "yes "}, "equal answers: chosen is 'yes ', rejected 'yes '"),
+        ({"prompt": "Hi", "chosen": "yes ", "rejected": "yes "}, "equal answers: chosen is 'yes ', rejected 'yes ' .col"),
         ({"prompt": "Hi", "chosen": [assistant("a<|im_end|>")], "rejected": [assistant("a<|im_end|>")]},
          "equal answers: chosen is 'a<.im_end.>', rejected 'a<.im_end.>'"),
     ):  # fmt: skip
@@ -1384,10 +1492,11 @@ def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds,
     path, parse, read = tmp_path / "a", data.parse, []
     path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, same, good, good)))
     monkeypatch.setattr(data, "parse", lambda line: read.append(line) or parse(line))
-    first, no_prompt, dropped, second = data.show_pairs([path], 2, kinds["words"], 10**6, 4, 2)
+    first, no_prompt, dropped, second, notes = data.show_pairs([path], 2, kinds["words"], 10**6, 4, 2)
     assert "⟦seam⟧" in first and f"{path}:4\n" in second and len(read) == 4
     assert no_prompt.startswith(f"⟦no pair⟧ {path}:2: no prompt") and "columns: chosen, question, rejected" in no_prompt
     assert dropped.startswith(f"⟦no pair⟧ {path}:3: equal after truncation")
-    assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 5
+    assert notes == "1 columns are not read: question (1)"
+    assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 6
     with pytest.raises(ValueError, match="a:1: a row of text needs a tokenizer.json .*AutoTokenizer"):
         list(data.show_pairs([path], 2, None, 10**6, 64))

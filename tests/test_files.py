@@ -12,6 +12,7 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,10 @@ NAMED = {  # content, a word of its name, a word of the remedy
     "an Arrow stream": (b"\xff\xff\xff\xff\x78\1\0\0", "arrow", "to_json"),
     "a table": (b"prompt,chosen,rejected\nx,y,z\n", "csv", "to_json"),
     "a table with quotes": (b'\xef\xbb\xbf"prompt","chosen"\r\n"x","y"\r\n', "csv", "to_json"),
-    "a table with tabs": (b"question\tresponse_j\tresponse_k\nx\ty\tz\n", "csv", "to_json"),
+    "a table with tabs": (b"question\tresponse_j\tresponse_k\nx\ty\tz\n", "csv", r"sep='\t', split='train').to_json"),
+    "a table with semicolons": (b"prompt; chosen; rejected\nx; y; z\n", "csv", "sep=';', split='train').to_json"),
+    "a table with numbered rows": (b",prompt,chosen,rejected\n0,x,y,z\n", "csv", "'{0}', split='train').to_json"),
+    "a table with names of two words": (b"user prompt,chosen answer,bad r\xc3\xa9ponse\nx,y,z\n", "csv", "to_json"),
     "zip": (zipped("pairs.jsonl"), "zip", "unzip"),
     "gzip": (gzip.compress(ROW.encode(), mtime=0), "gzip", "gunzip"),
     "zstd": (bytes.fromhex("28b52ffd2004"), "zstd", "zstd -d"),
@@ -54,6 +58,10 @@ NAMED = {  # content, a word of its name, a word of the remedy
     "PyTorch's old pickle": (saved(_use_new_zipfile_serialization=False), "pickle", "safetensors"),
     "GGUF": (b"GGUF\3\0\0\0", "GGUF", "safetensors"),
     "HDF5": (b"\x89HDF\r\n\x1a\n", "HDF5", "safetensors"),
+    "a byte-order mark": (b"\xef\xbb\xbf{}", "byte-order mark", "without one"),
+    "UTF-32": (ROW.encode("utf-32"), "UTF-32", "iconv"),
+    "UTF-32, little end first": (ROW.encode("utf-32-le"), "UTF-32", "iconv"),
+    "UTF-32, big end first": (ROW.encode("utf-32-be"), "UTF-32", "iconv"),
     "UTF-16": (ROW.encode("utf-16"), "UTF-16", "iconv"),
     "UTF-16, little end first": (ROW.encode("utf-16-le"), "UTF-16", "iconv"),
     "UTF-16, big end first": (ROW.encode("utf-16-be"), "UTF-16", "iconv"),
@@ -68,7 +76,7 @@ NAMED = {  # content, a word of its name, a word of the remedy
 def test_what_is_names_the_kind_and_the_remedy(case, tmp_path):
     content, kind, remedy = NAMED[case]
     (tmp_path / "x").write_bytes(content)
-    assert kind in what_is(tmp_path / "x") and remedy in what_is(tmp_path / "x")
+    assert kind in what_is(tmp_path / "x") and remedy.format(tmp_path / "x") in what_is(tmp_path / "x")
     with pytest.raises(ValueError) as error:
         read_json(tmp_path / "x")
     assert str(error.value) == f"{tmp_path / 'x'} is {what_is(tmp_path / 'x')}"
@@ -78,7 +86,6 @@ def test_what_is_names_the_kind_and_the_remedy(case, tmp_path):
     "content",
     [
         ROW,
-        f"\ufeff{ROW}",
         f"[{ROW}]",
         "{}",
         '"a",',
@@ -105,12 +112,18 @@ def test_what_is_says_nothing_of_safetensors_whatever_their_length_looks_like(le
     assert what_is(tmp_path / "x") is None
 
 
-def test_the_command_that_converts_a_table_names_the_file_and_works(tmp_path):
-    path = tmp_path / "pairs.csv"
-    path.write_text("prompt,chosen,rejected\nx,y,z\n")
-    code = what_is(path).split('python -c "')[1].removesuffix('"')
-    compile(code, "remedy", "exec")
-    assert f"data_files='{path}'" in code and "load_dataset('csv'" in code
+@pytest.mark.parametrize("sep", [",", ";", "\t"])
+def test_the_command_that_converts_a_table_names_the_file_and_works(tmp_path, sep):
+    path, asked = tmp_path / "pairs.csv", []
+    path.write_text("prompt,chosen,rejected\nx,y,z\n".replace(",", sep))
+    code = what_is(path).split('python -c "')[1].removesuffix('"').removeprefix("import datasets;")
+
+    def load_dataset(kind: str, data_files: str, sep: str = ",", split: str = ""):
+        asked.append((kind, data_files, sep, split))
+        return SimpleNamespace(to_json=asked.append)
+
+    exec(code.strip(), {"datasets": SimpleNamespace(load_dataset=load_dataset)})
+    assert asked == [("csv", str(path), sep, "train"), "pairs.jsonl"]
 
 
 def test_read_json_reads_objects_alone(tmp_path):
@@ -172,6 +185,17 @@ def test_check_folder_accepts_the_right_folder_and_names_a_file(tmp_path):
     check_folder(tmp_path, "config.json")
     with pytest.raises(FileNotFoundError, match="expected a folder with config.json, got a file"):
         check_folder(tmp_path / "config.json", "config.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_check_folder_names_a_broken_link(tmp_path, name):
+    (tmp_path / name).symlink_to("../../blobs/0a1b")
+    with pytest.raises(FileNotFoundError, match=f"{name} is a broken link, to ../../blobs/0a1b"):
+        check_folder(tmp_path, name.replace("tokenizer", "config"))
+    (tmp_path / name).unlink()
+    inside(tmp_path, "blobs/0a1b", *{"config.json"} - {name})
+    (tmp_path / name).symlink_to("blobs/0a1b")
+    check_folder(tmp_path, name.replace("tokenizer", "config"))
 
 
 def test_replace_file_leaves_the_old_file_or_the_whole_new_one(tmp_path, monkeypatch):
