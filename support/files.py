@@ -97,16 +97,19 @@ def check_folder(folder: Path, wanted: str) -> None:
     Broken links are named: that of the tokenizer too, which would be taken for a folder without one."""
     for name in (wanted, "tokenizer.json"):
         check_link(folder / name)
-    if (folder / wanted).exists():
+    if (folder / wanted).is_file():
         return
-    inner = sorted([*folder.glob(f"*/{wanted}"), *folder.glob(f"snapshots/*/{wanted}")])
+    inner = [*folder.glob(f"*/{wanted}"), *folder.glob(f"snapshots/*/{wanted}")]
+    inner.sort(key=lambda path: (len(str(path)), path))  # checkpoint-1000 after checkpoint-500
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if folder.is_file():
         what = f"expected a folder with {wanted}, got a file"
     elif not folder.exists():
-        what = (
-            f"no such folder; download a model of the Hub first with `hf download {folder} --local-dir {folder.name}`"
-        )
+        hub = re.fullmatch(r"(?:https?:/huggingface\.co/)?((?:[\w-][\w.-]*/)?[\w-][\w.-]*)", str(folder))
+        download = f"`hf download {hub[1]} --local-dir {folder.name}`" if hub else ""
+        what = "no such folder" + f"; download a model of the Hub first with {download}" * bool(hub)
+    elif (folder / wanted).is_dir():
+        what = f"expected {wanted} as a file, got a folder"
     elif inner:
         what = f"no {wanted} in this folder; use {inner[-1].parent}"
     elif "adapter_config.json" in names:

@@ -150,7 +150,17 @@ def inside(folder: Path, *names: str) -> Path:
 
 
 FOLDERS = {  # the files of a folder (none: no such folder), what is wanted, what the error says
-    "a Hub name": ((), "config.json", ["no such folder", "hf download {0} --local-dir here"]),
+    "nothing": ((), "config.json", ["here: no such folder"]),
+    "a folder in place of the file": (
+        ("config.json/x",),
+        "config.json",
+        ["expected config.json as a file, got a folder"],
+    ),
+    "a trainer's folder": (
+        ("checkpoint-500/config.json", "checkpoint-1000/config.json", "checkpoint-900/config.json"),
+        "config.json",
+        ["use {0}/checkpoint-1000"],
+    ),
     "an adapter": (("adapter_config.json", "x"), "config.json", ["LoRA adapter", "merge it into its base model"]),
     "an adapter's weights": (("adapter_config.json", "config.json"), "model.safetensors", ["LoRA adapter"]),
     "a cache": (("refs/main", "snapshots/0a1b/config.json"), "config.json", ["use {0}/snapshots/0a1b"]),
@@ -178,6 +188,26 @@ def test_check_folder_says_what_a_folder_is(case, tmp_path):
     assert str(error.value).startswith(f"{folder}: ") and "\n" not in str(error.value)
     for text in said:
         assert text.format(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, command",
+    [
+        ("org/na-me_1.5B", "`hf download org/na-me_1.5B --local-dir na-me_1.5B`"),
+        ("gpt2", "`hf download gpt2 --local-dir gpt2`"),
+        ("https://huggingface.co/org/name", "`hf download org/name --local-dir name`"),
+        ("~/model", ""),
+        ("/no/such/folder", ""),
+        ("runs/first/model", ""),
+        ("../model", ""),
+    ],
+)
+def test_check_folder_tells_a_name_of_the_hub_from_a_path(given, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        check_folder(Path(given), "config.json")
+    rest = f"; download a model of the Hub first with {command}" if command else ""
+    assert str(error.value) == f"{Path(given)}: no such folder{rest}"
 
 
 def test_check_folder_accepts_the_right_folder_and_names_a_file(tmp_path):
