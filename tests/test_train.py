@@ -962,8 +962,8 @@ def test_a_real_run(name, dtype, tmp_path, capsys):
     if not (DATA / name).exists():
         pytest.skip(f"no {name}")
     argv = ["--model", CHECKPOINT, "--data", DATA / name, "--out", tmp_path / "out", "--skip-bad-rows", "--steps", 2]
-    argv += ["--batch-size", 3, "--max-length", 128, "--micro-tokens", 256, "--eval-size", 4, "--samples", 1]
-    assert train.main([str(a) for a in [*argv, "--dtype", dtype, "--lr", "1e-6", "--save-every", 1]]) == 0
+    argv += ["--batch-size", 2, "--max-length", 96, "--micro-tokens", 192, "--eval-size", 2, "--samples", 1]
+    assert train.main([str(a) for a in [*argv, "--dtype", dtype, "--lr", "1e-6", "--save-every", 2]]) == 0
     said = capsys.readouterr().out
     assert "pairs kept" in said and said.count("held-out pairs: accuracy") == 2 and "before:" in said
     lines = read_metrics(tmp_path / "out")

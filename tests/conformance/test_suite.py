@@ -417,14 +417,21 @@ class AveragedDeltas(oracle.Oracle):
         return (minus + plus) / 2, -(minus + plus) / 2
 
 
-def test_unknown_mistakes_are_given_no_name(read):
-    for wrong in (
+@pytest.mark.parametrize(
+    "wrong",
+    [
         lambda case: AveragedDeltas().answer(case),
         lambda case: (MISTAKES["steps_swapped"]() if case["id"] == "branches 0" else oracle.Oracle()).answer(case),
-        lambda case: oracle.answer(case) | {"next_beta": np.asarray(oracle.answer(case)["next_beta"]) * 1.01},
-    ):
-        text = Diagnosis(Results(Function(wrong), read)).text()
-        assert "No known mistake, nor two at once, explains" in text and "These answers" not in text, text
+        pytest.param(
+            lambda case: oracle.answer(case) | {"next_beta": np.asarray(oracle.answer(case)["next_beta"]) * 1.01},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["averaged deltas", "one case", "another next β"],
+)
+def test_unknown_mistakes_are_given_no_name(wrong, read):
+    text = Diagnosis(Results(Function(wrong), read)).text()
+    assert "No known mistake, nor two at once, explains" in text and "These answers" not in text, text
 
 
 def test_steps_are_explained_when_the_loss_is_not(read):
