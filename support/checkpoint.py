@@ -318,9 +318,10 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
         name = len(file) < 4096 and not set(file) & set("\\:\0")
         inside = parts and name and ".." not in parts and not file.startswith("/")
         require(inside, f"{index}: expected a file of this folder, got {file!r}")
-    for file in files.values():
+    shards = {}
+    for file in sorted(set(files.values())):
         check_folder(folder, file)
-    shards = {file: read_header(folder / file) for file in sorted(set(files.values()))}
+        shards[file] = read_header(folder / file)
     absent = [f"{name} in {file}" for name, file in files.items() if name not in shards[file]]
     require(not absent, f"{index} lists tensors that are not there: {', '.join(absent)}")
     return {name: shards[file][name] for name, file in files.items()}

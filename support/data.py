@@ -192,6 +192,8 @@ def encode(rows: Sequence[Texts], tokenizer: Tokenizer) -> None:
 
 def end_once(response: list[int], end: int, tokenizer: Tokenizer) -> list[int]:
     """A response with its end token: behind the first one that only white space and more of them follow is nothing."""
+    if end not in response:
+        return [*response, end]
     n = len(response)
     while n and (response[n - 1] == end or not tokenizer.decode(response[n - 1 : n]).strip()):
         n -= 1

@@ -49,10 +49,10 @@ class Tokenizer:
             raise ImportError("text needs the package transformers: pip install -e '.[hf]'") from error
         for file in (self.folder / name for name in ("tokenizer.json", "chat_template.jinja", *JSON_FILES)):
             check_link(file)
-            if file.exists() and (kind := what_is(file)):
-                raise ValueError(f"{file} is {kind}")
-            if file.exists() and file.name in JSON_FILES:
+            if file.name in JSON_FILES and file.exists():
                 read_json(file)  # whose errors name the file, which those of the library do not
+            elif file.exists() and (kind := what_is(file)):
+                raise ValueError(f"{file} is {kind}")
         with one_error(ValueError, f"cannot read the tokenizer of {folder}"):
             # tokenizer.json is the truth. AutoTokenizer would rebuild some tokenizers from the name of their class.
             own = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
