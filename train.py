@@ -1,10 +1,8 @@
 """Train a policy with ε-DPO: on a toy world with a known optimum, or on a real checkpoint with real preferences.
 
-    python train.py                                              the toy, under a minute, ending in an exact report
-    python train.py --model DIR --data FILE.jsonl --out DIR      a checkpoint folder and preference pairs
-    torchrun --nproc_per_node=8 train.py --model …               the same on many devices (PyTorch's FSDP2)
-
-The file reads top to bottom: the flags, one step, the loop, the two jobs.
+python train.py                                              the toy, under a minute, ending in an exact report
+python train.py --model DIR --data FILE.jsonl --out DIR      a checkpoint folder and preference pairs
+torchrun --nproc_per_node=8 train.py --model …               the same on many devices (PyTorch's FSDP2)
 """
 
 from __future__ import annotations
@@ -47,9 +45,13 @@ Pairs = Sequence[Pair]
 class Flags:
     """The flags of the command line: type, default, help and range of each."""
 
-    model: str = flag("", "checkpoint folder (Llama, Mistral, Qwen2 or Qwen3 family); without it the toy runs")
+    model: str = flag(
+        "",
+        "checkpoint folder (Llama, Mistral, Qwen2 or Qwen3 family); without it the toy runs",
+        needs="data or resume, out or show",
+    )
     data: tuple[str, ...] = flag((), "preference files: JSON lines or one JSON array, plain or .gz", needs="model")
-    eval_data: tuple[str, ...] = flag((), "held-out preference files, instead of --eval-size", needs="model")
+    eval_data: tuple[str, ...] = flag((), "held-out preference files", needs="model", instead_of="eval_size")
     eval_size: int = flag(128, "how many pairs of --data to hold out, at most a third of them", "[0, inf)")
     out: str = flag("", "folder for metrics, checkpoint and final model; the toy's is out/toy if none is given")
     beta: float = flag(PerJob(toy=0.5, real=0.01), "β at the start, the KL penalty", "(0, inf)")
@@ -60,7 +62,7 @@ class Flags:
     warmup: float = flag(0.1, "fraction of the steps that warm up", "[0, 1]")
     batch_size: int = flag(PerJob(toy=64, real=128), "pairs in one optimizer step, over all processes", "[1, inf)")
     epochs: int = flag(1, "passes over the data", "[1, inf)")
-    steps: int | None = flag(None, "optimizer steps, instead of --epochs", "[1, inf)")
+    steps: int | None = flag(None, "optimizer steps", "[1, inf)", instead_of="epochs")
     micro_tokens: int = flag(2048, "tokens in one forward pass of one process; fewer need less memory", "[1, inf)")
     cache_reference: str = flag("", "folder to cache the reference's hidden states in (one process)", needs="model")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
@@ -72,11 +74,11 @@ class Flags:
     dtype: str = flag("float32", "16 bits: autocast over float32 weights", "float32 | float16 | bfloat16")
     device: str = flag("auto", "auto (a GPU if there is one), cpu or cuda")
     seed: int = flag(0, "order of the pairs; also the toy world", "[0, inf)")
-    eval_every: int = flag(0, "evaluate every N steps too, not only at the start and the end", "[0, inf)")
+    eval_every: int = flag(0, "evaluate at start, end and every N steps", "[0, inf)", needs="eval_data or eval_size")
     save_every: int = flag(0, "write a checkpoint every N steps and at the end, for --resume", "[0, inf)")
     resume: bool = flag(False, "continue the run in --out, with the same flags; --data is not needed again")
-    overwrite: bool = flag(False, "replace the run in --out")
-    samples: int = flag(2, "held-out prompts to answer before and after training", "[0, inf)", needs="model")
+    overwrite: bool = flag(False, "replace the run in --out", instead_of="resume")
+    samples: int = flag(2, "held-out answers shown before and after", "[0, inf)", needs="model, eval_data or eval_size")
     show: int = flag(0, "print N pairs as the model sees them, and stop", "[0, inf)", needs="data")
     given: frozenset[str] = frozenset()  # the flags that the command line sets
 
@@ -84,20 +86,10 @@ class Flags:
         """Fill in defaults. Raises ValueError naming the flag that is wrong."""
         fill_in(self, real=bool(self.model))
         self.max_prompt_length = self.max_prompt_length or self.max_length // 2
-        no_held_out = not self.eval_data and not self.eval_size
-        for wrong, message in (
-            (self.model and not self.data and not self.resume, "--model also needs --data (preference files)"),
-            (self.model and not self.out and not self.show, "a run on real data needs --out (a folder)"),
-            (self.resume and self.overwrite, "expected either --resume or --overwrite, got both"),
-            (self.given >= {"steps", "epochs"}, "expected either --steps or --epochs, got both"),
-            (self.given >= {"eval_data", "eval_size"}, "expected either --eval-data or --eval-size, got both"),
-            (self.eval_every and no_held_out, "--eval-every needs held-out pairs"),
-            ("samples" in self.given and self.samples and no_held_out, "--samples needs held-out pairs"),
-            (self.max_prompt_length >= self.max_length, "--max-prompt-length must be below --max-length"),
-            (not self.model and self.eval_size > 10**6, "--eval-size must be at most 1000000 for the toy"),
-        ):
-            if wrong:
-                raise ValueError(message)
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError("--max-prompt-length must be below --max-length")
+        if not self.model and self.eval_size > 10**6:
+            raise ValueError("--eval-size must be at most 1000000 for the toy")
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -226,9 +218,8 @@ def evaluate(
     if compare:
         in_float32 = dataclasses.replace(flags, dtype="float32")
         _, exact = run_batch(policy, reference, watch(first), n, method, in_float32)
-        agree = {"agree": (steps[: len(exact)] == exact).sum()}
-        line["steps/agree"] = sum_over_processes([agree])["agree"] / len(compared)
-        line["steps/agree_pairs"] = len(compared)
+        agree = sum_over_processes([{"steps/agree": (steps[: len(exact)] == exact).sum()}])
+        line |= means(agree, len(compared)) | {"steps/agree_pairs": len(compared)}
     return {f"eval/{name}": value for name, value in line.items()}
 
 
@@ -337,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def program() -> None:
-        flags = parse_flags(Flags, (__doc__ or "").split("\n\nThe file")[0], argv)
+        flags = parse_flags(Flags, __doc__, argv)
         with device.start(flags.device) as where:
             job = checkpoint_job if flags.model else toy_job
             job(flags, where, resume_command(argv))

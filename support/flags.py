@@ -41,14 +41,18 @@ class SameAs:
         return f"that of {option(self.name)}"
 
 
-def flag(default: object, help: str, range: str = "", needs: str = "") -> dataclasses.Field:
+def flag(default: object, help: str, range: str = "", needs: str = "", instead_of: str = "") -> dataclasses.Field:
     """A field of a dataclass of flags.
 
     range: "[0, 0.5]" or "(0, inf)", where a round bracket leaves the bound itself out, or "float32 | bfloat16".
-    needs: a flag that must be given too, or this one would change nothing.
+    needs: flags that must be set too if this one is; "model, data or resume" means --model and one of the other two.
+    instead_of: a flag that cannot be given beside this one.
     """
     special = isinstance(default, PerJob | SameAs)
-    metadata = {"help": help, "range": range, "needs": needs, "default": default}
+    needs = tuple(need.split(" or ") for need in needs.split(", ") if need)
+    if instead_of:
+        help += f", instead of {option(instead_of)}"
+    metadata = {"help": help, "range": range, "needs": needs, "instead_of": instead_of, "default": default}
     return dataclasses.field(default=None if special else default, metadata=metadata)
 
 
@@ -62,13 +66,18 @@ def fill_in(flags: object, real: bool) -> None:
         if getattr(flags, field.name) is None and isinstance(default, SameAs):
             setattr(flags, field.name, getattr(flags, default.name))
     for field in fields:
-        value, allowed, needs = getattr(flags, field.name), field.metadata["range"], field.metadata["needs"]
+        value, allowed = getattr(flags, field.name), field.metadata["range"]
         if field.name in flags.given and not allowed and "" in (value if isinstance(value, tuple) else [value]):
             raise ValueError(f"{option(field.name)} is empty: expected a value (is a shell variable not set?)")
         if allowed and value is not None and (expected := _expected(value, allowed)):
             raise ValueError(f"{option(field.name)} must be {expected} (got {value})")
-        if needs and field.name in flags.given and not getattr(flags, needs):
-            raise ValueError(f"{option(field.name)} also needs {option(needs)}")
+    for field in (field for field in fields if field.name in flags.given):
+        value, other = getattr(flags, field.name), field.metadata["instead_of"]
+        if other in flags.given:
+            raise ValueError(f"expected either {option(field.name)} or {option(other)}, got both")
+        for names in field.metadata["needs"]:
+            if value and not any(getattr(flags, name) for name in names):
+                raise ValueError(f"{option(field.name)} also needs {' or '.join(map(option, names))}")
 
 
 def _expected(value: float | int | str, allowed: str) -> str:

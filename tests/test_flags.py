@@ -120,10 +120,10 @@ def test_an_empty_text_is_one_line_that_names_its_flag(name, capsys, tmp_path, m
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        (["--model", "x"], "--model also needs --data (preference files)"),
+        (["--model", "x"], "--model also needs --data or --resume"),
         (["--data", "x"], "--data also needs --model"),
-        (["--model", "x", "--data", "y"], "a run on real data needs --out (a folder)"),
-        (["--resume", "--overwrite"], "expected either --resume or --overwrite, got both"),
+        (["--model", "x", "--data", "y"], "--model also needs --out or --show"),
+        (["--resume", "--overwrite"], "expected either --overwrite or --resume, got both"),
         (["--eval-data", "x"], "--eval-data also needs --model"),
         (["--cache-reference", "x"], "--cache-reference also needs --model"),
         (["--show", "3"], "--show also needs --data"),
@@ -131,9 +131,9 @@ def test_an_empty_text_is_one_line_that_names_its_flag(name, capsys, tmp_path, m
         (["--eval-size", "1000001"], "--eval-size must be at most 1000000 for the toy"),
         (["--steps", "2", "--epochs", "1"], "expected either --steps or --epochs, got both"),
         ([*REAL, "--eval-data", "x", "--eval-size", "1"], "expected either --eval-data or --eval-size, got both"),
-        (["--eval-every", "2", "--eval-size", "0"], "--eval-every needs held-out pairs"),
+        (["--eval-every", "2", "--eval-size", "0"], "--eval-every also needs --eval-data or --eval-size"),
         (["--samples", "1"], "--samples also needs --model"),
-        ([*REAL, "--samples", "1", "--eval-size", "0"], "--samples needs held-out pairs"),
+        ([*REAL, "--samples", "1", "--eval-size", "0"], "--samples also needs --eval-data or --eval-size"),
         (["--max-length", "9"], "--max-length also needs --model"),
         (["--max-prompt-length", "9"], "--max-prompt-length also needs --model"),
         (["--skip-bad-rows"], "--skip-bad-rows also needs --model"),
@@ -142,6 +142,11 @@ def test_an_empty_text_is_one_line_that_names_its_flag(name, capsys, tmp_path, m
 def test_flags_that_need_or_exclude_one_another_are_one_line(argv, expected, capsys, tmp_path, monkeypatch, no_jobs):
     monkeypatch.chdir(tmp_path)
     assert refused(argv, capsys) == expected and not list(tmp_path.iterdir())
+
+
+def test_a_flag_that_is_off_needs_nothing_else():
+    flags = parsed("--eval-every", "0", "--eval-size", "0", "--samples", "0", "--show", "0")
+    assert flags.eval_every == flags.eval_size == flags.samples == flags.show == 0
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
