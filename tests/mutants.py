@@ -7,6 +7,7 @@ A mutant is a copy of the repository with one piece of text replaced. It is kill
 do not finish in time); the unchanged copy must pass them, or a kill would mean nothing. Exit status 1 if any survives.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMES = "EPSDPO_TEST_SECONDS"  # names the file of the tests' times
 
 
 class Mutant(NamedTuple):
@@ -534,11 +536,36 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+# ---- the shortest tests first: pytest loads this file as a plugin, and most mutants die within seconds ----------------
+
+SECONDS: dict[str, float] = {}  # of each test
+
+
+def pytest_runtest_logreport(report) -> None:
+    SECONDS[report.nodeid] = SECONDS.get(report.nodeid, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session) -> None:
+    file = Path(os.environ[TIMES])
+    if not file.exists():  # the first run, of the code as it is
+        file.write_text(json.dumps(SECONDS), encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    file = Path(os.environ[TIMES])
+    seconds = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
 def passes(folder: Path, tests: list[str], seconds: float) -> bool:
     present = [test for test in tests if (folder / test).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *present]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.mutants", *present]
     try:
-        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        times = folder.parent / f"{'+'.join(Path(test).stem for test in present)}.json"
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", TIMES: str(times)}
         done = subprocess.run(command, cwd=folder, capture_output=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
         return False
