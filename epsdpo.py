@@ -319,7 +319,7 @@ def next_beta(beta: float, n_lower: int, n_keep: int, n_raise: int, epsilon_step
     """
     _check_beta(beta, epsilon_step)
     n = n_lower + n_keep + n_raise
-    if min(n_lower, n_keep, n_raise) < 0 or n == 0:
+    if not (min(n_lower, n_keep, n_raise) >= 0 and 0 < n < math.inf):
         raise ValueError(f"expected counts of pairs, found {n_lower} lower, {n_keep} keep, {n_raise} raise")
     return beta * ((n_lower / (1 + epsilon_step) + n_keep + n_raise / (1 - epsilon_step)) / n)
 

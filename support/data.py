@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import zlib
 from codecs import BOM_UTF8
 from collections import Counter
@@ -154,6 +155,11 @@ def left_out(said: list[tuple[str, str]], written: str) -> set[str]:
     return missing
 
 
+def mentions(template: str, name: str) -> bool:
+    """Whether `name` stands in the template as a word of its own."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
 def write(example: Example, tokenizer: Tokenizer | None) -> Texts:
     """The texts to encode. Raises BadRow if the chat template cannot write them, ValueError without a tokenizer."""
     prompt, *answers = example.parts
@@ -169,14 +175,18 @@ def write(example: Example, tokenizer: Tokenizer | None) -> Texts:
         details = f"{', '.join(sorted(reserved))} cannot be set by a row; expected variables of the chat template"
         raise BadRow("unusable chat_template_kwargs", details)
     head, ways = tokenizer.dialogues(prompt, answers, {**example.variables, "tools": example.tools})
-    functions = [tool.get("function", tool) for tool in example.tools or []]
-    called = [("tools", str(function["name"])) for function in functions if "name" in function]
+    functions = [tool.get("function") or tool for tool in example.tools or []]
+    names = [f.get("name") or f.get("description") or f.get("type") for f in functions]
+    called = [("tools", str(name)) for name in names if name]
     said = [list(said_in("", part)) for part in example.parts]
     missing = left_out(said[0] + called, head)
     for (whole, _), answer in zip(ways, said[1:]):
         missing |= left_out(answer, whole[len(head) :])
     template = tokenizer.template(example.tools)
-    missing |= {f"{name} of chat_template_kwargs" for name in example.variables if name not in template}
+    missing |= {f"{name} of chat_template_kwargs" for name in example.variables if not mentions(template, name)}
+    for message in sum(example.parts, []):  # numbers and switches, such as a weight of 0 for "do not train on this"
+        marks = [key for key, value in message.items() if isinstance(value, int | float)]
+        missing |= {f"{key} of {message['role']}" for key in marks if not mentions(template, key)}
     wholes, ended = zip(*ways)
     return Texts(example, [head, *wholes], ended, sum(said, []), missing)
 
@@ -451,8 +461,6 @@ def show_pair(pair: Pair, tokenizer: Tokenizer | None) -> str:
 
 def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tuple[list[Pair], list[Pair]]:
     """The pairs to train on and the held-out ones, from the files, with a report of what became of their rows."""
-    if not flags.data:
-        raise ValueError(f"--resume: {flags.out} has no pairs.npz; give --data again")
     paths = [os.path.realpath(file) for file in (*flags.data, *flags.eval_data)]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise ValueError(f"--data, --eval-data: {twice[0]} is given twice, so held-out pairs could be trained on")

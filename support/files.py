@@ -89,6 +89,8 @@ def check_data(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a folder; name the files in it that are meant ({names or 'it is empty'})")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; a data set of the Hub becomes one with: {FROM_HUB}")
+    if not path.is_file():
+        raise OSError(f"{path} is a pipe or a device; write it to a file first, because a run reads it twice")
 
 
 def check_folder(folder: Path, wanted: str) -> None:

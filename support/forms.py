@@ -61,6 +61,9 @@ def form_of(name: str, value: object) -> tuple[str, object]:
         if not known or not (isinstance(content, str) or content is None and message.get("tool_calls")):
             hint = SHAREGPT if isinstance(message, dict) and "from" in message else ""
             raise BadRow("not a message", f"{name}[{i}] is {message!r:.80}; {NOT_A_MESSAGE}{hint}")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise BadRow("unusable tool_calls", f"{name}[{i}] has {calls!r:.60}; expected a list of objects")
     # Tables hold null for an absent field, and some templates would print it as None.
     return "messages", [{key: item for key, item in message.items() if item is not None} for message in items]
 
@@ -162,10 +165,15 @@ def from_json(name: str, value: object, kind: type) -> object:
         found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise BadRow(f"unusable {name}", f"{name} is {value!r:.60}, no JSON: {error}") from error
-    if not isinstance(found, kind) or kind is list and not all(isinstance(tool, dict) for tool in found):
+    if not isinstance(found, kind) or kind is list and not all(is_tool(tool) for tool in found):
         expected = "a list of objects" if kind is list else "an object"
         raise BadRow(f"unusable {name}", f"{name} is {value!r:.60}; expected {expected}")
     return found
+
+
+def is_tool(tool: object) -> bool:
+    """An object; its `function`, where it has one, is an object too. Tables hold null for an absent one."""
+    return isinstance(tool, dict) and isinstance(tool.get("function") or {}, dict)
 
 
 def example_of(row: object) -> Example:

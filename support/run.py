@@ -104,6 +104,9 @@ class Run:
                 f"--out {out} already contains a run ({', '.join(held)}): "
                 "use --resume to continue it or --overwrite to replace it"
             )
+        if flags.resume and flags.model and not flags.data and not self.has_pairs:
+            what = "has no pairs.npz" if out.exists() else "does not exist"
+            raise ValueError(f"--resume: {out} {what}; give --data again")
         if flags.resume and not self.resumes:
             print(f"--resume: {out} has no checkpoint, so the run starts from step 0")
         try:
@@ -122,7 +125,11 @@ class Run:
             return None
         path = self.out / "pairs.npz"
         pairs, eval_pairs, self.made_by = load_pairs_file(path, vocab_size)
-        if differ := differences(self.made_by, made_by(self.flags, self.flags.given)):
+        try:
+            now = made_by(self.flags, self.flags.given)
+        except OSError as e:
+            raise ValueError(f"--resume: {e}; leave --data and --eval-data out: {path} has their pairs") from e
+        if differ := differences(self.made_by, now):
             raise ValueError(f"--resume: {path} holds pairs that other data flags made: {differ}")
         print(f"pairs: {len(pairs):,} to train on and {len(eval_pairs):,} held out, as kept in {path}")
         return pairs, eval_pairs
@@ -386,7 +393,8 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, s
         raise
     except Exception as e:  # torch.load fails in many ways on what is no checkpoint
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a checkpoint of this program: {reason}") from e
+        remedy = "start again with --overwrite and --data"
+        raise ValueError(f"{path}: not a checkpoint of this program: {reason}; {remedy}") from e
     if differ:
         raise ValueError(f"{path} belongs to another run: {differ}. Resume with the same flags and files")
     vars(method).update(of_method)

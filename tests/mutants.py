@@ -35,7 +35,7 @@ TESTS = {
     "support/forms.py": ["tests/test_data_text.py"],
     "model.py": ["tests/test_model.py", "tests/test_checkpoint.py"],
     "support/checkpoint.py": ["tests/test_safetensors.py", "tests/test_checkpoint.py"],
-    "support/files.py": ["tests/test_files.py"],
+    "support/files.py": ["tests/test_files.py", "tests/test_data.py"],
     "support/toy.py": ["tests/test_toy.py"],
     "support/run.py": ["tests/test_run.py", "tests/test_kept_pairs.py", "tests/test_resume.py"],
     "support/signals.py": ["tests/test_resume.py"],
@@ -52,6 +52,7 @@ MUTANTS = [
     Mutant(*fields)
     for file, mutants in {
         "epsdpo.py": [
+            ("a count that is no number", "0 < n < math.inf):", "n != 0):"),
             ("perturbation with the wrong sign", "policy_logits + s * (", "policy_logits - s * ("),
             ("definition with the wrong sign", "logp_at(+epsilon_check) - logp, logp_at(-epsilon_check)",
              "logp_at(-epsilon_check) - logp, logp_at(+epsilon_check)"),
@@ -146,6 +147,9 @@ MUTANTS = [
             ("an answer's token may stand in the prompt", "ids.update(len(part).to_bytes(8, \"little\") + ", "ids.update("),
         ],
         "support/data.py": [
+            ("a tool's null is a function", "tool.get(\"function\") or tool for tool", "tool.get(\"function\", tool) for tool"),
+            ("a part of a word is a variable of the template", "rf\"\\b{re.escape(name)}\\b\"", "re.escape(name)"),
+            ("a weight of 0 is not said", "if isinstance(value, int | float)]", "if isinstance(value, complex)]"),
             ("prompt cut on its right", "prompt[len(prompt) - keep + bos :]", "prompt[bos:keep]"),
             ("a file may be given twice", "if paths.count(path) > 1]", "if paths.count(path) > 2]"),
             ("held-out pairs are trained on without a word", "if n := sum(ids_hash([pair]) in trained_on for pair in eval_pairs):", "if n := 0:"),
@@ -183,6 +187,8 @@ MUTANTS = [
             ("other pairs are held out", "np.random.default_rng(0).permutation(len(pairs))", "np.random.default_rng(1).permutation(len(pairs))"),
         ],
         "support/forms.py": [
+            ("a function that is no object", "isinstance(tool.get(\"function\") or {}, dict)", "True"),
+            ("calls that are no list of objects", "if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):", "if False:"),
             ("a list of no messages is a prompt", " or name == \"prompt\" and value in ([], {}):", ":"),
             ("an empty text beside dialogues is a prompt", "if prompt is not None and not (are_whole and is_empty(prompt)):", "if prompt is not None:"),
             ("an empty text beside messages is a prompt", "if not is_empty(prompt) and prompt != repeated:", "if prompt is not None and prompt != repeated:"),
@@ -283,6 +289,7 @@ MUTANTS = [
             ("a 16-bit model that can be trained", "model.requires_grad_(False)", "pass"),
         ],
         "support/files.py": [
+            ("a pipe is read twice", "    if not path.is_file():\n        raise OSError(f\"{path} is a pipe", "    if False:\n        raise OSError(f\"{path} is a pipe"),
             ("a broken link is no file", "if path.is_symlink() and not path.exists():", "if False:"),
             ("a broken link to a tokenizer is no tokenizer", "for name in (wanted, \"tokenizer.json\"):", "for name in (wanted,):"),
             ("a byte-order mark without a word", "    BOM_UTF8: ", "    b\"never \": "),
@@ -349,7 +356,8 @@ MUTANTS = [
             ("a model that cannot be written is all that there was", "if self.saved < self.done:\n                    self.save()", "pass"),
             ("a signal after the last step is forgotten", "if self.asked:\n            raise KeyboardInterrupt(", "if False:\n            raise KeyboardInterrupt("),
             ("matplotlib can end a run", "except Exception as e:  # matplotlib", "except OSError as e:  # matplotlib"),
-            ("the input looks like a finished run", "        for path in filter(None, (flags.model,", "        for path in () if self.finished else filter(None, (flags.model,"),
+            ("data that moved is a bare error of the system", "        except OSError as e:\n            raise ValueError(f\"--resume: {e};", "        except ZeroDivisionError as e:\n            raise ValueError(f\"--resume: {e};"),
+            ("a resume of nothing makes a folder", "if flags.resume and flags.model and not flags.data and not self.has_pairs:", "if False:"),
             ("any signal stops at the end of the run only", "raise Stopped\n\n    def log", "pass\n\n    def log"),
             ("an evaluation's last micro-batch is not the end", "            yield group\n        self._stop_here_if_asked()\n", "            yield group\n"),
             ("an evaluation ends before the next one only", "            self._stop_here_if_asked()\n            yield group", "            yield group"),
@@ -366,7 +374,7 @@ MUTANTS = [
             ("half a model looks finished", "beside = \"\", self.out / f\".model.{os.getpid()}-new.tmp\"", "beside = \"\", self.out / \"model\""),
             ("the old model is removed last", "(\"model\", \"checkpoint.pt\", \"pairs.npz\", \"metrics.jsonl\", \"run.svg\")", "(\"checkpoint.pt\", \"pairs.npz\", \"metrics.jsonl\", \"run.svg\", \"model\")"),
             ("half of the old model stays", "shutil.rmtree(path.replace(doomed))", "shutil.rmtree(path)"),
-            ("data flags that differ are ignored", "if differ := differences(self.made_by, made_by(self.flags, self.flags.given)):", "if differ := \"\":"),
+            ("data flags that differ are ignored", "if differ := differences(self.made_by, now):", "if differ := \"\":"),
             ("defaults that differ are errors", "made_by(self.flags, self.flags.given)", "made_by(self.flags, DATA_FLAGS)"),
             ("kept pairs are forgotten before the first checkpoint", "if name != \"pairs.npz\" or not self.made_by:", "if True:"),
             ("an old run's pairs stay", "if name != \"pairs.npz\" or not self.made_by:", "if name != \"pairs.npz\":"),

@@ -228,6 +228,8 @@ def test_missing_file_and_several_files(tmp_path):
         load(tmp_path / "link")
     with pytest.raises(OSError, match="is a folder; name the files in it that are meant .link."):
         load(tmp_path)
+    with pytest.raises(OSError, match="/dev/null is a pipe or a device; write it to a file first"):
+        load("/dev/null")
     one, two = write(tmp_path / "one", [ROW]), write(tmp_path / "two", [{**ROW, "rejected": [6]}, ROW])
     pairs, report = load_pairs([one, str(two)], None, 100, 64, progress=False)
     assert [(p.file, p.line) for p in pairs] == [(str(one), 1), (str(two), 1), (str(two), 2)] and report.read == 3

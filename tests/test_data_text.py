@@ -1194,6 +1194,11 @@ def test_tools_and_kwargs_reach_the_template(with_template, tmp_path, tools, kwa
         ({"tools": "add"}, "unusable tools: .*no JSON"),
         ({"tools": {"name": "add"}}, "unusable tools: .*expected a list of objects"),
         ({"tools": ["add"]}, "unusable tools: .*expected a list of objects"),
+        *(({"tools": [{"function": f}]}, "unusable tools: .*list of objects") for f in (5, "name x", ["name"])),
+        *(
+            ({"chosen": [assistant("", tool_calls=calls)]}, r"unusable tool_calls: chosen\[0\] has .*list of objects")
+            for calls in ({"a": 1}, "call", [1], [None])
+        ),
         ({"chat_template_kwargs": [1]}, "unusable chat_template_kwargs: .*expected an object"),
         ({"chat_template_kwargs": "{"}, "unusable chat_template_kwargs"),
         *(
@@ -1373,6 +1378,22 @@ def leaves(value):
             {"reasoning_content of assistant"},
         ),
         ("content", {"tools": TOOLS}, {"tools"}),
+        *(
+            ("content", {"tools": [tool]}, {"tools"})
+            for tool in (
+                {"name": "code", "function": None},
+                {"type": "search"},
+                {"type": "function", "function": {"description": "finds"}},
+            )
+        ),
+        *(
+            ("content", {"chat_template_kwargs": {name: False}}, {f"{name} of chat_template_kwargs"})
+            for name in ("conten", "essage", "rol")
+        ),
+        *(
+            ("content", {"chosen": [assistant("yes", **{name: value})]}, {f"{name} of assistant"})
+            for name, value in (("weight", 0), ("train", False), ("loss_mask", 0.5))
+        ),
         ("content", {"chat_template_kwargs": {"enable_thinkin": False}}, {"enable_thinkin of chat_template_kwargs"}),
         ("no system", {"system": "Be brief."}, {"content of system"}),
         ("first of many", {"prompt": HEAD}, {"content of user"}),

@@ -998,7 +998,15 @@ def beta_calls(beta: float, epsilon_step: float) -> list:
                 [lambda n=n: next_beta(0.1, *n, 0.1)],
                 f"expected counts of pairs, found {n[0]} lower, {n[1]} keep, {n[2]} raise",
             )
-            for n in ((0, 0, 0), (-1, 1, 1), (1, -1, 1), (1, 1, -1))
+            for n in (
+                (0, 0, 0),
+                (-1, 1, 1),
+                (1, -1, 1),
+                (1, 1, -1),
+                (math.nan, 1, 1),
+                (1, math.nan, 1),
+                (1, 1, math.inf),
+            )
         ),
     ],
 )

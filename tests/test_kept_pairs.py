@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -201,6 +202,26 @@ def test_a_resumed_run_needs_no_data(folder, whole, tmp_path, capsys):
     assert train.main([*without_data(argv), "--resume"]) == 0
     assert f"pairs: {len(pairs)} to train on and 5 held out" in capsys.readouterr().out
     assert end_of(tmp_path / "out") == end_of(whole)
+
+
+@pytest.mark.parametrize("remove", [os.remove, lambda path: (os.remove(path), os.mkdir(path))])
+def test_data_that_has_moved_is_one_line_that_says_to_leave_it_out(remove, folder, tmp_path, capsys):
+    data = shutil.copy(folder / "ids.jsonl", tmp_path / "gone.jsonl")
+    argv = start_of(folder, tmp_path / "out", data=str(data))
+    stop(argv)
+    remove(data)
+    capsys.readouterr()
+    assert train.main([*argv, "--resume"]) == 2
+    assert re.fullmatch(
+        r"train.py: error: --resume: .*gone.jsonl.*; leave --data .* out: .*\n", capsys.readouterr().err
+    )
+
+
+def test_a_mistyped_folder_is_not_made(folder, tmp_path, capsys):
+    argv = ["--model", str(folder / "model"), "--out", str(tmp_path / "frist"), "--resume"]
+    assert train.main(argv) == 2 and not (tmp_path / "frist").exists()
+    said = capsys.readouterr()
+    assert said.err.endswith("frist does not exist; give --data again\n") and not said.out
 
 
 def test_a_resumed_run_does_not_read_equal_data_again(folder, whole, stopped, monkeypatch):

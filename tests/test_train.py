@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 import train
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
 from model import GPT
-from support import toy
+from support import metrics, toy
 from support.cached_reference import CachedReference
 from support.checkpoint import load_model, load_safetensors, save_model
 from support.device import my_micro_batches
@@ -807,6 +808,15 @@ def test_agreement_is_not_measured_before_the_first_step_nor_with_a_cached_refer
     cached = CachedReference(reference, pairs, str(tmp_path), "bfloat16", 40)
     lines = train.train(tiny_model(), cached, pairs, flags, eval_pairs=pairs)
     assert not any("eval/steps/agree" in line for line in lines) and len(lines) == 5
+
+
+def test_means_and_speed():
+    sums = {"loss": 3.0, "kl": 1.0, "margin_squares": 2.0}
+    assert metrics.means(sums, 2) == {"loss": 1.5, "kl": 0.5}
+    batch = three_pairs()
+    line = metrics.speed(batch, time.perf_counter() - 100)
+    assert line["tokens"] == sum(len(part) for pair in batch for part in pair[:3]) and line["seconds"] >= 100
+    assert line["tokens_per_second"] == line["tokens"] / line["seconds"]
 
 
 def test_equal_margins_have_no_spread():

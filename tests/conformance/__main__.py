@@ -30,6 +30,10 @@ def implementation(impl: str | None, command: str | None, baseline: str, timeout
     """What the options name, or None; UsageError if they name two or cannot be loaded."""
     if impl and command:
         raise UsageError("--impl and --command: expected one of them, got both")
+    if not 0 < timeout <= 1e6:
+        raise UsageError(f"--timeout must be above 0 and at most 1000000 (got {timeout:g})")
+    if command and not command.strip():
+        raise UsageError("--command is empty: expected a program (is a shell variable not set?)")
     if command:
         return Command(command, baseline=baseline, timeout=timeout)
     if impl:
@@ -71,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         made = implementation(options.impl, options.command, options.baseline, options.timeout)
         if made is None:
             raise UsageError("expected --impl or --command")
-    except (UsageError, OSError) as error:
+        if options.report:
+            open(options.report, "a").close()  # a file that cannot be written is an error now, not at the end
+    except (UsageError, OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")
     results = Results(made, read(), options.level or "method", expected)
     reporter = Reporter(results, PROPERTIES)

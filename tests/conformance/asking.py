@@ -182,7 +182,7 @@ class Command:
         except (OSError, ValueError) as error:
             return [Failed(f"the program could not be started: {error}")] * len(cases)
         last = (err.strip().splitlines() or ["nothing on standard error"])[-1][:200]
-        lines = out.splitlines()
+        lines = out.removesuffix("\n").split("\n") if out else []  # JSON's texts may hold other ends of lines
         answers = [parsed(case, line) for case, line in zip(cases, lines)]
         wrong = next((i for i, a in enumerate(answers) if isinstance(a, Failed)), len(answers))
         if wrong < len(cases):  # what follows a wrong line may belong to another case
@@ -204,4 +204,4 @@ def parsed(case: dict, line: str):
         answer = None
     if not isinstance(answer, dict) or answer.get("id") != case["id"]:
         return Failed(f'expected a line {{"id": "{case["id"]}", ...}}, got {line[:200]!r}')
-    return None if "skip" in answer else answer
+    return None if answer.get("skip") else answer

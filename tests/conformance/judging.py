@@ -208,5 +208,8 @@ class Results:
 
 def read_expected_failures(path: str | None) -> set[str]:
     """A text file of ids of cases or names of properties, one a line; # starts a comment."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if path else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
     return {text for line in lines if (text := line.partition("#")[0].strip())}

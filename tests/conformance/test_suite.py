@@ -619,6 +619,11 @@ def test_command_line_on_someone_elses_function(tmp_path):
         (("--impl", "a:b", "--command", "c"), "--impl and --command: expected one of them, got both"),
         (("--impl", "a"), "--impl a: expected package.module:function"),
         (("--impl", "os:getcwd", "--expected-failures", "nowhere.txt"), "nowhere.txt"),
+        (("--impl", "os:getcwd", "--expected-failures", sys.executable), "expected text in UTF-8"),
+        (("--impl", "os:getcwd", "--report", "no/such/folder.json"), "no/such/folder.json"),
+        (("--impl", "os:getcwd", "--report", "."), "directory"),
+        (("--command", " "), "--command is empty"),
+        *((("--impl", "os:getcwd", "--timeout", x), "--timeout must be") for x in ("0", "-1", "nan", "inf", "1e30")),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, told, capsys, monkeypatch):
