@@ -1,6 +1,6 @@
 """Train a policy with ε-DPO: on a toy world with a known optimum, or on a real checkpoint with real preferences.
 
-python train.py                                              the toy, under a minute, ending in an exact report
+python train.py                                              the toy, about a minute, ending in an exact report
 python train.py --model DIR --data FILE.jsonl --out DIR      a checkpoint folder and preference pairs
 torchrun --nproc_per_node=8 train.py --model …               the same on many devices (PyTorch's FSDP2)
 """
@@ -78,7 +78,7 @@ class Flags:
     save_every: int = flag(0, "write a checkpoint every N steps and at the end, for --resume", "[0, inf)")
     resume: bool = flag(False, "continue the run in --out, with the same flags; --data is not needed again")
     overwrite: bool = flag(False, "replace the run in --out", instead_of="resume")
-    samples: int = flag(2, "held-out answers shown before and after", "[0, inf)", needs="model, eval_data or eval_size")
+    samples: int = flag(2, "answers shown before and after training", "[0, inf)", needs="model, eval_data or eval_size")
     show: int = flag(0, "print N pairs as the model sees them, and stop", "[0, inf)", needs="data")
     given: frozenset[str] = frozenset()  # the flags that the command line sets
 

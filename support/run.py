@@ -74,6 +74,8 @@ class Run:
         self.finished = model < found  # a model alone may be anyone's
         if out and self.writes:
             self._claim()
+        elif out and not self.finished:
+            self._need_pairs()
         if self.finished:
             print(f"--resume: the run in {out} is finished; its model is {out / 'model'}")
 
@@ -104,9 +106,7 @@ class Run:
                 f"--out {out} already contains a run ({', '.join(held)}): "
                 "use --resume to continue it or --overwrite to replace it"
             )
-        if flags.resume and flags.model and not flags.data and not self.has_pairs:
-            what = "has no pairs.npz" if out.exists() else "does not exist"
-            raise ValueError(f"--resume: {out} {what}; give --data again")
+        self._need_pairs()
         if flags.resume and not self.resumes:
             print(f"--resume: {out} has no checkpoint, so the run starts from step 0")
         try:
@@ -115,6 +115,12 @@ class Run:
                 probe.write(b"x")
         except OSError as e:
             raise ValueError(f"--out {out}: expected a folder that can be written: {e}") from e
+
+    def _need_pairs(self) -> None:
+        """ValueError if a run on real data is resumed without pairs: neither kept ones nor --data."""
+        if self.flags.resume and self.flags.model and not self.flags.data and not self.has_pairs:
+            what = "has no pairs.npz" if self.out.exists() else "does not exist"
+            raise ValueError(f"--resume: {self.out} {what}; give --data again")
 
     def saved_pairs(self, vocab_size: int) -> tuple[list[Pair], list[Pair]] | None:
         """The training and held-out pairs of the run that is resumed, or None if it kept none.
@@ -393,7 +399,7 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, s
         raise
     except Exception as e:  # torch.load fails in many ways on what is no checkpoint
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        remedy = "start again with --overwrite and --data"
+        remedy = "start again with --overwrite in place of --resume"
         raise ValueError(f"{path}: not a checkpoint of this program: {reason}; {remedy}") from e
     if differ:
         raise ValueError(f"{path} belongs to another run: {differ}. Resume with the same flags and files")

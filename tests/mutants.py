@@ -1,6 +1,6 @@
 """Mistakes that real ports make, put into the code one at a time; the tests must notice every one.
 
-    python -m tests.mutants                 all of them (about an hour on one core), a line each and a count at the end
+    python -m tests.mutants                 all of them (hours on two slow cores), a line each and a count at the end
     python -m tests.mutants epsdpo mask     those whose file or name contains a word
 
 A mutant is a copy of the repository with one piece of text replaced. It is killed when the tests named beside it fail (or
@@ -356,8 +356,10 @@ MUTANTS = [
             ("a model that cannot be written is all that there was", "if self.saved < self.done:\n                    self.save()", "pass"),
             ("a signal after the last step is forgotten", "if self.asked:\n            raise KeyboardInterrupt(", "if False:\n            raise KeyboardInterrupt("),
             ("matplotlib can end a run", "except Exception as e:  # matplotlib", "except OSError as e:  # matplotlib"),
+            ("the input looks like a finished run", "        for path in filter(None, (flags.model,", "        for path in () if self.finished else filter(None, (flags.model,"),
             ("data that moved is a bare error of the system", "        except OSError as e:\n            raise ValueError(f\"--resume: {e};", "        except ZeroDivisionError as e:\n            raise ValueError(f\"--resume: {e};"),
-            ("a resume of nothing makes a folder", "if flags.resume and flags.model and not flags.data and not self.has_pairs:", "if False:"),
+            ("a resume of nothing makes a folder", "        self._need_pairs()\n        if flags.resume and not", "        if flags.resume and not"),
+            ("one process of many looks for pairs in no file", "        elif out and not self.finished:\n            self._need_pairs()\n", ""),
             ("any signal stops at the end of the run only", "raise Stopped\n\n    def log", "pass\n\n    def log"),
             ("an evaluation's last micro-batch is not the end", "            yield group\n        self._stop_here_if_asked()\n", "            yield group\n"),
             ("an evaluation ends before the next one only", "            self._stop_here_if_asked()\n            yield group", "            yield group"),

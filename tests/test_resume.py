@@ -219,8 +219,11 @@ def test_a_finished_run_is_left_alone_by_resume(more, folder, tmp_path, monkeypa
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))] == times
 
 
-def test_a_model_that_is_the_input_does_not_look_like_a_finished_run(folder, tmp_path, capsys):
+@pytest.mark.parametrize("marked", [False, True])  # by the file that marks a folder as a run's
+def test_a_model_that_is_the_input_does_not_look_like_a_finished_run(marked, folder, tmp_path, capsys):
     shutil.copytree(folder / "model", tmp_path / "model")
+    if marked:
+        (tmp_path / "flags.json").write_text("{}")
     before = snapshot(tmp_path)
     argv = argv_of(folder, tmp_path, model=str(tmp_path / "model"))
     for more in ([], ["--resume"], ["--overwrite"]):
@@ -817,6 +820,7 @@ def test_a_checkpoint_of_something_else_is_one_clear_error(folder, own, capsys):
         before = snapshot(own)
         code, said = ended(argv_of(folder, own, "--resume"), capsys)
         assert code == 2 and str(own / "checkpoint.pt") in said, (name, said)
+        assert said.rstrip().endswith("; start again with --overwrite in place of --resume"), (name, said)
         assert snapshot(own) == before, name
     assert not Path("/tmp/epsdpo-evil").exists()
 

@@ -171,6 +171,8 @@ def test_a_process_that_does_not_write_needs_no_folder(tmp_path, monkeypatch):
     flags = flags_of(steps=1, save_every=1)
     lines = train.train(*two_models(), pairs_of(id_rows(4)), flags, run=Run(tmp_path / "elsewhere", flags))
     assert [line["tokens"] for line in lines] and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="frist does not exist; give --data again"):
+        Run(tmp_path / "frist", flags_of(model="m", resume=True))
 
 
 @pytest.mark.parametrize(

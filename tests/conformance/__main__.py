@@ -42,6 +42,15 @@ def implementation(impl: str | None, command: str | None, baseline: str, timeout
     return None
 
 
+def chosen(options: dict) -> tuple[Function | Command | None, set[str]]:
+    """The implementation and the expected failures that the options name; UsageError or OSError for bad options."""
+    expected = read_expected_failures(options["expected_failures"])
+    made = implementation(*(options[name] for name in ("impl", "command", "baseline", "timeout")))
+    if made and options["report"]:
+        open(options["report"], "a").close()  # a file that cannot be written is an error now, not at the end
+    return made, expected
+
+
 def table(results: Results) -> list[str]:
     """Cases right and asked, property by property."""
     lines = [f"conformance of {results.implementation.name}: cases right, of those asked"]
@@ -71,13 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser.add_argument)
     options = parser.parse_args(arguments)
     try:
-        expected = read_expected_failures(options.expected_failures)
-        made = implementation(options.impl, options.command, options.baseline, options.timeout)
+        made, expected = chosen(vars(options))
         if made is None:
             raise UsageError("expected --impl or --command")
-        if options.report:
-            open(options.report, "a").close()  # a file that cannot be written is an error now, not at the end
-    except (UsageError, OSError, ValueError) as error:
+    except (UsageError, OSError) as error:
         parser.exit(2, f"{error}\n")
     results = Results(made, read(), options.level or "method", expected)
     reporter = Reporter(results, PROPERTIES)

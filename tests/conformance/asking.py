@@ -24,7 +24,7 @@ class Failed(str):
 
 
 class UsageError(Exception):
-    """The implementation cannot be loaded; the text says what to do."""
+    """An option is wrong, or the implementation cannot be loaded; the text says what to do."""
 
 
 def to_arrays(case: dict, baseline: str) -> dict:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from .__main__ import add_options, closing_lines, implementation, table
+from .__main__ import add_options, chosen, closing_lines, table
 from .asking import Command, Function, UsageError
 from .cases import PROPERTIES, read
 from .failures import Reporter
-from .judging import Results, read_expected_failures
+from .judging import Results
 
 HERE = Path(__file__).parent
 
@@ -37,11 +37,8 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_configure(config):
-    options = options_of(config)
-    asked = [options[name] for name in ("impl", "command", "baseline", "timeout")]
     try:
-        config.conformance_impl = implementation(*asked)
-        config.conformance_expected = read_expected_failures(options["expected_failures"])
+        config.conformance_impl, config.conformance_expected = chosen(options_of(config))
     except (UsageError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .asking import UsageError
+
 REQUIRED = ("step", "beta", "loss", "next_beta")
 OPTIONAL = ("margin", "losses", "delta_minus", "delta_plus", "kl", "grad")
 
@@ -207,9 +209,9 @@ class Results:
 
 
 def read_expected_failures(path: str | None) -> set[str]:
-    """A text file of ids of cases or names of properties, one a line; # starts a comment."""
+    """Of a text file: ids of cases or names of properties, one a line; # starts a comment. UsageError if no UTF-8."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if path else []
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
+        raise UsageError(f"{path}: expected text in UTF-8: {error}") from error
     return {text for line in lines if (text := line.partition("#")[0].strip())}

@@ -316,6 +316,15 @@ def test_programs_that_end_badly_are_not_green(tmp_path, read, end, problem):
     assert not results.failing("method")
 
 
+@pytest.mark.parametrize("more", ["'skip': False", "'skip': None", "'note': 'a\\u2028b\\x85c'"])
+def test_what_an_answer_may_hold_beside_its_numbers(more, tmp_path, read):
+    text = RIGHT.replace("'id': c['id']", "'id': c['id'], " + more).replace(
+        "'next_beta')}", "'next_beta')}, ensure_ascii=False"
+    )
+    results = Results(program(tmp_path, "sys.stdout.reconfigure(encoding='utf-8')\n" + text), read[:7])
+    assert results.passes and not results.problem
+
+
 @pytest.mark.parametrize(
     "text, told",
     [
@@ -364,6 +373,8 @@ def test_function_that_hangs_fails_the_rest(read):
 def test_expected_failures_are_not_red_and_must_fail(read, tmp_path):
     (tmp_path / "expected.txt").write_text("micro-batches  # a mean of means\n\n# all of\nsums\npacked rows\n")
     listed = read_expected_failures(str(tmp_path / "expected.txt"))
+    (tmp_path / "with a mark.txt").write_text("\ufeffsums\n", encoding="utf-8")
+    assert read_expected_failures(str(tmp_path / "with a mark.txt")) == {"sums"}
     port = answering("mean_of_loss_means")
     ids = {j.case["id"] for j in Results(port, read).failing("method")}
     assert Results(port, read, expected_failures=ids).passes
@@ -654,4 +665,6 @@ def test_pytest_tests_property_by_property(tmp_path):
     assert run.returncode == 1 and "[mean_of_loss_means]" in run.stdout and "fails the level method" in run.stdout
     run = run_pytest(tmp_path, "--impl", "theirs:broken")
     assert run.returncode == 1 and "1 failed" in run.stdout, "a crash is told once"
-    assert run_pytest(tmp_path, "--impl", "theirs:right", "--command", "x").returncode == 4
+    for wrong in (("--command", "x"), ("--report", "."), ("--expected-failures", sys.executable), ("--timeout", "nan")):
+        run = run_pytest(tmp_path, "--impl", "theirs:right", *wrong)
+        assert run.returncode == 4 and "INTERNALERROR" not in run.stdout + run.stderr
