@@ -290,11 +290,10 @@ def beta_steps(delta_minus: Tensor, delta_plus: Tensor) -> Tensor:
 
 
 def epsdpo_loss(chosen: TokenStats, rejected: TokenStats, beta: float, epsilon_step: float) -> EpsDPOLoss:
-    """−log σ(β̃·margin) for pairs of responses, from per-response sums of shape (B,).
+    """−log σ(β̃·margin) for pairs of responses, from per-response sums of shape (B,). Gradient goes to `logp` alone.
 
-    `beta` > 0 is the batch's β; ε_s = `epsilon_step` is in [0, 0.5], and 0 is plain DPO to the bit. B = 0 is allowed
-    (a process without pairs) and gives a NaN loss. Raises ValueError if an argument is out of range, the sums do not
-    share one shape (B,), or a number is not finite.
+    `beta` > 0 is the batch's β; ε_s = `epsilon_step` is in [0, 0.5], and 0 is plain DPO to the bit. B = 0 (a process
+    without pairs) gives a NaN loss. Raises ValueError if a number is out of range or not finite, or shapes differ.
     """
     _check_beta(beta, epsilon_step)
     fit = chosen.logp.ndim == 1 and all(x.shape == chosen.logp.shape for x in (*chosen, *rejected))
@@ -302,7 +301,8 @@ def epsdpo_loss(chosen: TokenStats, rejected: TokenStats, beta: float, epsilon_s
     delta_minus = chosen.delta_minus.double() - rejected.delta_minus.double()
     delta_plus = chosen.delta_plus.double() - rejected.delta_plus.double()
     step = beta_steps(delta_minus, delta_plus)
-    margin = (chosen.logp.double() - chosen.ref_logp.double()) - (rejected.logp.double() - rejected.ref_logp.double())
+    log_ratios = [x.logp.double() - x.ref_logp.detach().double() for x in (chosen, rejected)]  # log π_θ(y)/π_ref(y)
+    margin = log_ratios[0] - log_ratios[1]
     if not margin.isfinite().all():
         raise ValueError("log-probabilities must be finite, but the margin of a pair is not")
     beta_of_step = (beta, beta / (1 + epsilon_step), beta / (1 - epsilon_step))  # indexed by step: 0, +1, −1

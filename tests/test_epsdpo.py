@@ -776,6 +776,15 @@ def test_dtypes_and_gradient_of_the_loss():
     assert out.loss.shape == () and all(x.shape == (2,) for x in out[1:])
 
 
+def test_no_gradient_reaches_the_reference():
+    """A port may compute the reference's sums with autograd on, perhaps from weights that it shares with the policy."""
+    logp = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    ref_logp = torch.tensor([-1.5, -1.0], dtype=torch.float64, requires_grad=True)
+    tied = sums(logp, ref_logp, 1.0, -1.0)
+    epsdpo_loss(tied, sums([0.0, 0.0], ref_logp), 0.1, 0.01).loss.backward()
+    assert ref_logp.grad is None and logp.grad.abs().min() > 0
+
+
 def test_losses_saturate_without_overflow():
     out = epsdpo_loss(sums([1e5, -1e5, 0.0], 0.0), sums([0.0, 0.0, 0.0], 0.0), 0.1, 0.0)
     assert out.losses.tolist() == [0.0, 1e4, LN2]
