@@ -216,6 +216,7 @@ def config_json(config: Config) -> dict:
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -345,7 +346,7 @@ def check_model(folder: str | os.PathLike) -> tuple[GPT, dict[str, Entry]]:
     entries = {k: entry for k, entry in find_tensors(folder).items() if not k.endswith("rotary_emb.inv_freq")}
     adapter = (folder / "adapter_config.json").exists()  # transformers would add it to the weights
     require(not adapter, f"{folder} also holds a LoRA adapter: merge it (merge_and_unload of peft), or move it away")
-    embedding = entries.get("model.embed_tokens.weight")
+    embedding = entries.get(EMBEDDING)
     if config.tie_word_embeddings and embedding:
         entries.setdefault("lm_head.weight", embedding)
     with torch.device("meta"):
@@ -353,7 +354,10 @@ def check_model(folder: str | os.PathLike) -> tuple[GPT, dict[str, Entry]]:
     try:  # torch lists all that is missing, unexpected or of another shape
         model.load_state_dict({name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()})
     except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights are not those of its config.json: {error}") from None
+        first = next((name for name in entries if name.endswith("embed_tokens.weight")), EMBEDDING)
+        renamed = f"{first} should be {EMBEDDING} (save the whole AutoModelForCausalLM, without a wrapper around it). "
+        hint = renamed if first != EMBEDDING else ""
+        raise ValueError(f"{folder}: the weights are not those of its config.json: {hint}{error}") from None
     odd = [f"{name} {entry.dtype}" for name, entry in entries.items() if not entry.dtype.is_floating_point]
     require(not odd, f"{folder}: expected floating-point weights, got {', '.join(odd)}")
     return model, entries
@@ -375,7 +379,7 @@ def load_model(
     Raises the errors of `check_model`, and ValueError for a tied model with a different head in its file.
     """
     model, entries = check_model(folder)
-    head, embedding = entries["lm_head.weight"], entries["model.embed_tokens.weight"]
+    head, embedding = entries["lm_head.weight"], entries[EMBEDDING]
     same = not model.config.tie_word_embeddings or head == embedding
     same = same or torch.equal(head.read().double(), embedding.read().double())
     require(same, f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")

@@ -29,7 +29,7 @@ from model import Config
 from support.device import rank_and_world
 from support.files import check_data, kind_of
 from support.forms import CONTEXT, FIELDS, Example, example_of
-from support.report import progress_bar
+from support.report import printable, progress_bar
 from support.rows import BadRow, Pair, ids_hash
 from support.text import Tokenizer
 
@@ -306,7 +306,7 @@ class Report:
         for n, what, names in (
             (len(self.unread), "columns are not read", self.unread),
             (self.with_variables, "pairs have chat_template_kwargs", self.variables),
-            (self.incomplete, "pairs have text that the chat template leaves out", self.left_out),
+            (self.incomplete, "pairs have text or numbers that the chat template leaves out", self.left_out),
             (self.repeated, "pairs have answers that both repeat the prompt: remove it from the answers", {}),
             (self.changed, "pairs have text that the tokenizer changes (see --show)", {}),
             (self.special, "pairs contain special tokens typed as text, which the model sees as special tokens", {}),
@@ -459,11 +459,16 @@ def show_pair(pair: Pair, tokenizer: Tokenizer | None) -> str:
     return "\n".join(lines)
 
 
-def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on and the held-out ones, from the files, with a report of what became of their rows."""
+def check_apart(flags: object) -> None:
+    """ValueError for a file that is given twice."""
     paths = [os.path.realpath(file) for file in (*flags.data, *flags.eval_data)]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise ValueError(f"--data, --eval-data: {twice[0]} is given twice, so held-out pairs could be trained on")
+
+
+def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and the held-out ones, from the files, with a report of what became of their rows."""
+    check_apart(flags)
     rules = {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "max_length": flags.max_length}
     rules |= {"max_prompt_length": flags.max_prompt_length, "skip_bad_rows": flags.skip_bad_rows}
     rules |= {"max_position_embeddings": config.max_position_embeddings, "progress": rank_and_world()[0] == 0}
@@ -511,7 +516,9 @@ def show_pairs(
 
 
 def print_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> None:
-    """Print the first --show pairs of --data, as the model will see them."""
+    """Print the first --show pairs of --data, then those of --eval-data, as the model will see them."""
+    check_apart(flags)
     lengths = flags.max_length, flags.max_prompt_length, config.max_position_embeddings
-    for text in show_pairs(flags.data, flags.show, tokenizer, config.vocab_size, *lengths):
-        print(f"\n{text}")
+    for files in filter(None, (flags.data, flags.eval_data)):
+        for text in show_pairs(files, flags.show, tokenizer, config.vocab_size, *lengths):
+            print(f"\n{printable(text)}")

@@ -109,7 +109,7 @@ def check_folder(folder: Path, wanted: str) -> None:
     elif not folder.exists():
         hub = re.fullmatch(r"(?:https?:/huggingface\.co/)?((?:[\w-][\w.-]*/)?[\w-][\w.-]*)", str(folder))
         download = f"`hf download {hub[1]} --local-dir {folder.name}`" if hub else ""
-        what = "no such folder" + f"; download a model of the Hub first with {download}" * bool(hub)
+        what = "no such folder" + f"; if it is a model of the Hub, download it first with {download}" * bool(hub)
     elif (folder / wanted).is_dir():
         what = f"expected {wanted} as a file, got a folder"
     elif inner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,11 @@ def say(text: str) -> None:
     """Print a line above the bars. Process 0 alone prints."""
     if rank_and_world()[0] == 0:
         tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, which can hide text or move the cursor; tabs and line ends stay."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def step_line(line: dict[str, float]) -> str:
@@ -146,4 +152,4 @@ def show_answers(prompts: Sequence[Pair], before: Sequence, after: Sequence, tok
     for pair, old, new in zip(prompts, before, after):
         texts = {"prompt": pair.prompt, "chosen": pair.chosen, "before": old, "after": new}
         shown += ["", *(f"{name + ':':8} {tokenizer.decode(ids).strip()[-400:]}" for name, ids in texts.items())]
-    return "\n".join(shown)
+    return printable("\n".join(shown))

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from model import GPT
-from support.checkpoint import SINGLE, save_model
+from support.checkpoint import SINGLE, check_model, save_model
 from support.device import any_process, from_process_0, rank_and_world
 from support.files import replace_file
 from support.kept_pairs import DATA_FLAGS, load_pairs_file, made_by, pairs_file_size, save_pairs_file
@@ -94,6 +94,11 @@ class Run:
             if differ := differences(numbers_of(before), numbers_of(vars(flags))):
                 raise ValueError(f"--resume: the run in {out} had other flags: {differ}; --overwrite replaces it")
         if self.finished:
+            try:
+                check_model(out / "model")
+            except (ValueError, OSError) as e:
+                again = f"remove {out / 'model'} and resume again" if self.resumes else "use --overwrite to train again"
+                raise ValueError(f"--resume: the finished run in {out} has a damaged model: {e}; {again}") from e
             return
         held = [name for name in ("flags.json", *RESULTS) if (out / name).exists()]
         if held and not {"flags.json", "checkpoint.pt", "pairs.npz"} & set(held):

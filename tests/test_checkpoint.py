@@ -457,6 +457,31 @@ def test_all_that_does_not_fit_is_in_one_error(own):
         assert named in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [("model.", ""), ("", "module."), ("", "_orig_mod."), ("", "base_model.model."), ("model.", "model.lm.")],
+)
+def test_weights_saved_with_or_without_a_wrapper_are_named(own, old, new):
+    """Of a model without its head (AutoModel), or wrapped by DDP, torch.compile or peft."""
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+    folder, name = own("llama-tied"), "model.embed_tokens.weight"
+    change_weights(folder, rename)
+    given = new + name.removeprefix(old)
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {given} should be {name} (save the whole AutoModel")):
+        load_model(folder)
+
+
+def test_weights_with_the_right_names_get_no_hint_about_them(own):
+    folder = change_weights(own("llama"), lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    assert "should be" not in str(error.value)
+
+
 def test_a_missing_head_is_an_error_when_it_is_not_tied(own):
     folder = change_weights(own("llama"), lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(ValueError, match=r"lm_head\.weight"):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -505,6 +506,27 @@ def test_no_held_out_pair_is_trained_on(tmp_path, own_file, capsys):
     said = capsys.readouterr().out
     assert ("5 pairs kept" if own_file else "held out: 7 of them, 23 to train on") in said
     assert ("warning: 5 of the held-out pairs are also trained on" in said) == own_file == ("warning" in said)
+
+
+def test_print_pairs_shows_held_out_files_too(tmp_path, capsys):
+    class Tokenizer:  # whose ids are characters that a terminal would obey
+        decode = staticmethod(lambda ids: "".join(chr(i % 32) for i in ids))
+        control, bos_length = re.compile("x"), staticmethod(lambda ids: 0)
+
+    for name, n in (("a", 3), ("b", 2)):
+        write(tmp_path / name, [ROW] * n)
+    flags = SimpleNamespace(max_length=9, max_prompt_length=4, show=2, data=(str(tmp_path / "a"),))
+    for held in ("b", "none", "a", ""):
+        flags.eval_data = (str(tmp_path / held),) if held else ()
+        if held in ("none", "a"):
+            with pytest.raises((ValueError, OSError), match="no such file" if held == "none" else "given twice"):
+                data.print_pairs(flags, None, SimpleNamespace(vocab_size=30, max_position_embeddings=9))
+            continue
+        capsys.readouterr()
+        data.print_pairs(flags, Tokenizer(), SimpleNamespace(vocab_size=30, max_position_embeddings=9))
+        said = capsys.readouterr().out
+        assert re.findall(r"/(\w+:\d)\n", said) == ["a:1", "a:2"] + ["b:1", "b:2"] * (held == "b")
+        assert "\\x01" in said and not re.search(r"[\x00-\x08\x0b-\x1f]", said)
 
 
 def test_a_file_that_is_given_twice_is_refused(tmp_path):

@@ -1407,7 +1407,7 @@ def test_text_that_the_template_leaves_out_is_reported(with_template, tmp_path, 
     _, report = load(tmp_path / "a", [plain, plain | row], tokenizer)
     assert set(report.left_out) == fields and report.incomplete == bool(fields)
     for name in fields:
-        assert f"1 pairs have text that the chat template leaves out: {name} (1)" in str(report)
+        assert f"1 pairs have text or numbers that the chat template leaves out: {name} (1)" in str(report)
 
 
 def test_an_answer_that_the_template_leaves_out_is_blank(with_template, tmp_path):

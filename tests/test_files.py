@@ -200,13 +200,14 @@ def test_check_folder_says_what_a_folder_is(case, tmp_path):
         ("/no/such/folder", ""),
         ("runs/first/model", ""),
         ("../model", ""),
+        ("./model", "`hf download model --local-dir model`"),  # to Path this is "model"
     ],
 )
 def test_check_folder_tells_a_name_of_the_hub_from_a_path(given, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         check_folder(Path(given), "config.json")
-    rest = f"; download a model of the Hub first with {command}" if command else ""
+    rest = f"; if it is a model of the Hub, download it first with {command}" if command else ""
     assert str(error.value) == f"{Path(given)}: no such folder{rest}"
 
 

@@ -218,6 +218,15 @@ def test_answers_stand_beside_the_chosen_ones():
     assert said.split("\n") == ["", "prompt:  ab", "chosen:  cd", "before:  fg", "after:   " + 400 * "h"]
 
 
+def test_control_characters_are_escaped():
+    """A terminal would obey them: hide a text, write over it, or change its title."""
+    text = "a\x1b[8mb\rc\x00\x7f\x9b2Jd\te\nf ü\u3000\xa0é\x85"
+    assert report.printable(text) == "a\\x1b[8mb\\rc\\x00\\x7f\\x9b2Jd\te\nf ü\u3000\xa0é\\x85"
+    pair = pairs_of([{"prompt": [0], "chosen": [2], "rejected": [4]}])[0]
+    shown = report.show_answers([pair], [[5]], [[6]], SimpleNamespace(decode=lambda ids: "\x1b[8m" + str(ids[0])))
+    assert "\x1b" not in shown and shown.count("\\x1b[8m") == 4
+
+
 def test_answers_end_with_the_token_that_ends_most_chosen_responses(monkeypatch):
     asked = {}
     policy = SimpleNamespace(generate=lambda prompts, n, eos: asked.update(prompts=prompts, n=n, eos=eos) or [[1]])

@@ -143,6 +143,28 @@ def test_a_run_without_a_whole_model_is_not_finished(gone, folder, tmp_path, cap
     assert "finished" not in capsys.readouterr().out and snapshot(out) == before
 
 
+@pytest.mark.parametrize("name, keep", [("model.safetensors", 9000), ("model.safetensors", 0), ("config.json", 20)])
+@pytest.mark.parametrize("saves", [0, 1])
+def test_a_finished_run_with_a_damaged_model_is_no_success(name, keep, saves, folder, tmp_path, capsys):
+    """A copy that was cut, or a full disk: the message says how to get the model again, and that works."""
+    out = tmp_path / "out"
+    argv = argv_of(folder, out, "--steps", 2, "--save-every", saves)
+    assert train.main(argv) == 0
+    whole = snapshot(out)
+    (out / "model" / name).write_bytes((out / "model" / name).read_bytes()[:keep])
+    cut = snapshot(out)
+    code, said = ended([*argv, "--resume"], capsys)
+    assert code == 2 and f"the finished run in {out} has a damaged model: {out / 'model'}" in said
+    assert snapshot(out) == cut
+    if saves:
+        assert f"remove {out / 'model'} and resume again" in said
+        shutil.rmtree(out / "model")
+    else:
+        assert "use --overwrite to train again" in said
+    assert train.main([*argv, "--resume" if saves else "--overwrite"]) == 0
+    assert (snapshot(out) == whole) if saves else (snapshot(out)["model/config.json"] == whole["model/config.json"])
+
+
 def test_a_finished_run_without_flags_json_is_left_alone_by_resume(folder, tmp_path, capsys):
     for saves in ([], ["--save-every", 1]):
         out = tmp_path / f"out{len(saves)}"
