@@ -1,8 +1,10 @@
 """Train a policy with ε-DPO: on a toy world with a known optimum, or on a real checkpoint with real preferences.
 
-python train.py                                              the toy, about a minute, ending in an exact report
-python train.py --model DIR --data FILE.jsonl --out DIR      a checkpoint folder and preference pairs
-torchrun --nproc_per_node=8 train.py --model …               the same on many devices (PyTorch's FSDP2)
+    python train.py                                            the toy, about a minute, ending in an exact report
+    python train.py --model DIR --data FILE.jsonl --out DIR    a Llama, Mistral or Qwen folder and preference pairs
+    torchrun --nproc_per_node=8 train.py --model …             the same on many devices (PyTorch's FSDP2)
+
+The file reads top to bottom: the flags, the method, one batch, one step, the loop, the two jobs.
 """
 
 from __future__ import annotations
@@ -45,11 +47,7 @@ Pairs = Sequence[Pair]
 class Flags:
     """The flags of the command line: type, default, help and range of each."""
 
-    model: str = flag(
-        "",
-        "checkpoint folder (Llama, Mistral, Qwen2 or Qwen3 family); without it the toy runs",
-        needs="data or resume, out or show",
-    )
+    model: str = flag("", "checkpoint folder; without it the toy runs", needs="data or resume, out or show")
     data: tuple[str, ...] = flag((), "preference files: JSON lines or one JSON array, plain or .gz", needs="model")
     eval_data: tuple[str, ...] = flag((), "held-out preference files", needs="model", instead_of="eval_size")
     eval_size: int = flag(128, "how many pairs of --data to hold out, at most a third of them", "[0, inf)")
