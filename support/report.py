@@ -104,7 +104,7 @@ def draw(lines: list[dict[str, float]], path: Path) -> None:
 def forecast(
     policy: GPT, reference: GPT | None, pairs: Sequence[Pair], eval_pairs: Sequence[Pair], flags: object
 ) -> str:
-    """Steps, tokens, evaluations and a rough estimate of memory, before any is spent."""
+    """Steps, tokens, evaluations and a rough estimate of memory, before any is spent; a note on an unusual ε."""
     c, world = policy.config, rank_and_world()[1]
     epoch = math.ceil(len(pairs) / flags.batch_size)
     steps = flags.steps or flags.epochs * epoch
@@ -121,9 +121,12 @@ def forecast(
     whole = (2 if world == 1 else 3 if c.tie_word_embeddings else 6) * table
     longest = max(flags.micro_tokens, sum(tokens) / len(tokens))
     memory = 4e-9 * ((4 * of_policy + of_reference) / world + whole + kept * longest + 1024 * c.vocab_size)
+    distance = flags.epsilon_step * steps  # about how far log β can go
+    few = f"\nε · steps is {distance:.2g}; below 1 β hardly moves, as in plain DPO" if 0 < distance < 1 else ""
+    many = f"\nε · steps is {distance:.2g}; above 5 β may come near 0" if distance > 5 else ""
     return (
         f"{steps:,} steps of {flags.batch_size} pairs, about {seen:,.0f} tokens; {evaluations} evaluations of "
-        f"{len(eval_pairs):,} pairs; roughly {memory:.1f} GB of memory on each device"
+        f"{len(eval_pairs):,} pairs; roughly {memory:.1f} GB of memory on each device{few or many}"
     )
 
 

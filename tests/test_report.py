@@ -182,6 +182,22 @@ def test_backward_keeps_no_more_than_the_forecast_counts():
     assert 0.97 < (each + 3 * c.hidden_size) / checkpointed <= 1.0
 
 
+@pytest.mark.parametrize(
+    "epsilon, note",
+    [
+        (0.0, ""),  # plain DPO, as it was asked for
+        (0.0099, "ε · steps is 0.99; below 1 β hardly moves, as in plain DPO"),
+        (0.01, ""),
+        (0.05, ""),
+        (0.051, "ε · steps is 5.1; above 5 β may come near 0"),
+    ],
+)
+def test_the_forecast_notes_an_epsilon_that_does_not_fit_the_steps(epsilon, note):
+    pairs = pairs_of(id_rows(4))
+    said = forecast(tiny_model(), None, pairs, (), flags_of(epsilon_step=epsilon, epsilon_check=0.3, steps=100))
+    assert said.split("\n")[1:] == [note] * bool(note)
+
+
 def test_a_row_longer_than_micro_tokens_counts_in_the_forecast():
     """It is a micro-batch of its own."""
     pairs = [Pair(*(np.ones(100_000, np.int32) for _ in range(3)), "ids", 1)]
