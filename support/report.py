@@ -31,7 +31,7 @@ def progress_bar(items: Iterable | None, name: str, unit: str, shown: bool = Tru
     """A bar on the terminal; elsewhere a line at the start, every 30 seconds and at the end. Process 0 shows it."""
     more |= {"unit": unit, "disable": not shown or rank_and_world()[0] != 0}
     if not sys.stderr.isatty():
-        more |= {"file": Lines(), "mininterval": 30, "ncols": 0, "position": 0}
+        more |= {"file": Lines(), "mininterval": 30, "miniters": 1, "ncols": 0, "position": 0}
     return tqdm(items, name, **more)
 
 

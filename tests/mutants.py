@@ -420,6 +420,7 @@ MUTANTS = [
         ],
         "support/report.py": [
             ("a bar without a terminal", "if not sys.stderr.isatty():", "if False:"),
+            ("a line that tqdm's monitor repeats", "\"miniters\": 1, ", ""),
             ("a line for every step", "\"mininterval\": 30,", "\"mininterval\": 0,"),
             ("answers end as another row's", "ends.most_common(1)[0][0]", "ends.most_common()[-1][0]"),
             ("answers print what a terminal obeys", "return printable(\"\\n\".join(shown))", "return \"\\n\".join(shown)"),

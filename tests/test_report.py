@@ -37,6 +37,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(capsys):
     assert all(line.startswith("train") for line in lines)
     assert lines[0].startswith("train:   0% 0/100") and lines[-1].startswith("train: 100% 100/100")
     assert "loss 1000" in lines[-1]
+    assert bar.miniters == 1  # if it is larger, tqdm's monitor thread repeats lines every 10 seconds
 
 
 def test_a_short_evaluation_prints_no_line_without_a_terminal(capsys):
