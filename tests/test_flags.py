@@ -218,6 +218,7 @@ def test_help_says_what_a_newcomer_must_know(capsys):
     assert re.search(r"--epsilon-step X [^X]*\(default: that of --epsilon\)", plain)
     assert re.search(r"--beta X [^X]*\(default: 0\.01; for the toy 0\.5\)", plain)
     assert "--dtype float32|float16|bfloat16 " in plain
+    assert sorted(re.findall(r"instead of (--[\w-]*)", plain)) == ["--epochs", "--eval-size", "--resume"]
 
 
 # ---- the one line of an error ----------------------------------------------------------------------------------------
