@@ -292,6 +292,7 @@ def test_the_toy_stopped_and_resumed_says_the_same(step, quick_toy, capsys):
     assert end_of(quick_toy) == end_of(Path("whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [pytest.param(0, marks=real)])
 def test_a_real_run_stopped_and_resumed(step, tmp_path, monkeypatch, capsys):
     model = os.environ["EPSDPO_CHECKPOINT"]

@@ -968,9 +968,11 @@ def test_the_toy_ends_in_a_report(tmp_path):
         pytest.param("chat-preferences.jsonl", "float32", marks=real),
     ],
 )
-def test_a_real_run(name, dtype, tmp_path, capsys):
+def test_a_real_run(name, dtype, tmp_path, monkeypatch, capsys):
     if not (DATA / name).exists():
         pytest.skip(f"no {name}")
+    generate = GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda self, prompts, n, eos: generate(self, prompts, 8, eos))  # 64 take long
     argv = ["--model", CHECKPOINT, "--data", DATA / name, "--out", tmp_path / "out", "--skip-bad-rows", "--steps", 2]
     argv += ["--batch-size", 2, "--max-length", 96, "--micro-tokens", 192, "--eval-size", 2, "--samples", 1]
     assert train.main([str(a) for a in [*argv, "--dtype", dtype, "--lr", "1e-6", "--save-every", 2]]) == 0
