@@ -263,14 +263,15 @@ def questions() -> dict[int, list[dict]]:
 YARDSTICKS = {"mean reward": "reward", "KL to reference": "kl", "win rate": "win_rate", "share": "share"}
 PATH = ["β at the end", "β₀·exp(−ε·n·mean step)", "β₀·exp(−ε·n·(2·accuracy − 1))"]
 APART = [f"{name} minus ε-DPO's" for name in list(YARDSTICKS)[:2] + ["share"]]
+ABOVE = "reward minus DPO's at that KL"  # needs the DPO runs of question 1, if only some questions are asked
 OPPOSITE = ["ε-DPO's move and margin", "β-DPO's move and margin", "pairs moved apart"]
 RIGHT = ["token right", "margin right"]
 COLUMNS = {  # columns of the table; settings that make panels, setting that makes lines, x and y of the figure
-    1: ([*YARDSTICKS, "reward minus DPO's at that KL"], ("world",), "method", "KL to reference", "mean reward"),
+    1: ([*YARDSTICKS, ABOVE], ("world",), "method", "KL to reference", "mean reward"),
     2: ([*OPPOSITE, "mean step and mean margin", "β and mean margin"], ("world",), "method", *OPPOSITE[:2]),
-    3: ([*YARDSTICKS, PATH[0]], (), "epsilon_step", "epsilon", "mean reward"),
+    3: ([*YARDSTICKS, PATH[0], ABOVE], (), "epsilon_step", "epsilon", "mean reward"),
     5: ([*RIGHT, "token keep", "ties", "KL to π*"], ("reward",), "scaled", "KL to π*", RIGHT[0]),
-    6: ([*YARDSTICKS, PATH[0], *APART], ("world", "epsilon"), "method", *APART[1::-1]),
+    6: ([*YARDSTICKS, PATH[0], *APART, ABOVE], ("world", "epsilon"), "method", *APART[1::-1]),
     7: ([*YARDSTICKS, "steps", *PATH], ("world",), "method", *PATH[1::-1]),
 }
 
@@ -293,7 +294,7 @@ def numbers(setting: dict, seed: int, runs: dict[str, dict]) -> dict[str, float]
     if all(plain):  # reward grows about as the root of KL, so interpolate DPO's runs linearly in that root
         roots, rewards = zip(*sorted((x["kl"] ** 0.5, x["reward"]) for x in plain))
         here = np.interp(result["kl"] ** 0.5, roots, rewards, np.nan, np.nan)
-        found["reward minus DPO's at that KL"] = result["reward"] - here
+        found[ABOVE] = result["reward"] - here
     names = ("correlation_ours", "correlation_theirs", "opposite")  # computed per batch; here the mean over steps
     found |= {name: np.nanmean(seen[key]) for name, key in zip(OPPOSITE, names)}
     with np.errstate(invalid="ignore"):  # a constant β has no correlation
