@@ -154,6 +154,8 @@ MUTANTS = [
             ("--show passes over --eval-data", "filter(None, (flags.data, flags.eval_data))", "filter(None, (flags.data,))"),
             ("--show prints what a terminal obeys", "printable(text)", "text"),
             ("--show of a file given twice", "    check_apart(flags)\n    lengths", "    lengths"),
+            ("files without a usable pair", "if not pairs or (flags.eval_data and not eval_pairs):", "if not pairs:"),
+            ("nothing to train on", "if not pairs or (flags.eval_data and not eval_pairs):", "if flags.eval_data and not eval_pairs:"),
             ("a file may be given twice", "if paths.count(path) > 1]", "if paths.count(path) > 2]"),
             ("held-out pairs are trained on without a word", "if n := sum(ids_hash([pair]) in trained_on for pair in eval_pairs):", "if n := 0:"),
             ("responses cut by their own lengths", "max(max_length - max(len(chosen), len(rejected)), max_prompt_length)",

@@ -508,6 +508,20 @@ def test_no_held_out_pair_is_trained_on(tmp_path, own_file, capsys):
     assert ("warning: 5 of the held-out pairs are also trained on" in said) == own_file == ("warning" in said)
 
 
+@pytest.mark.parametrize(
+    "data_file, eval_file", [("gone", ""), ("gone", "good"), ("good", "gone"), ("gone", "also gone")]
+)
+def test_files_without_a_usable_pair_are_an_error(data_file, eval_file, tmp_path):
+    """Every row may be dropped, here because both responses begin with the same tokens."""
+    gone = {"prompt": [1], "chosen": [2] * 9, "rejected": [2] * 8}
+    for name, rows in (("good", [ROW] * 4), ("gone", [gone] * 3), ("also gone", [gone])):
+        write(tmp_path / name, rows)
+    flags = SimpleNamespace(max_length=6, max_prompt_length=2, skip_bad_rows=False, eval_size=2)
+    flags.data, flags.eval_data = ((str(tmp_path / name),) if name else () for name in (data_file, eval_file))
+    with pytest.raises(ValueError, match="--data or --eval-data: no usable pair is left"):
+        data.read_pairs(flags, None, SimpleNamespace(vocab_size=30, max_position_embeddings=None))
+
+
 def test_print_pairs_shows_held_out_files_too(tmp_path, capsys):
     class Tokenizer:  # whose ids are characters that a terminal would obey
         decode = staticmethod(lambda ids: "".join(chr(i % 32) for i in ids))
