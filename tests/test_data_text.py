@@ -1507,7 +1507,7 @@ def test_rows_give_the_same_pairs_whatever_is_encoded_with_them(tmp_path, with_t
         assert [ids.tolist() for ids in pair[:3]] == one(tmp_path / "b", rows[pair.line - 1], tokenizer)
 
 
-def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds, monkeypatch):
+def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds, monkeypatch, capsys):
     good, bad = text_row("He said", " yes", " no"), {"question": "x", "chosen": "a", "rejected": "b"}
     same = text_row("He said", " yes and no", " yes and yes")
     path, parse, read = tmp_path / "a", data.parse, []
@@ -1518,6 +1518,9 @@ def test_show_pairs_notes_bad_rows_and_stops_after_the_nth_pair(tmp_path, kinds,
     assert no_prompt.startswith(f"⟦no pair⟧ {path}:2: no prompt") and "columns: chosen, question, rejected" in no_prompt
     assert dropped.startswith(f"⟦no pair⟧ {path}:3: equal after truncation")
     assert notes == "1 columns are not read: question (1)"
+    read.clear()
+    assert len(list(data.show_pairs([path], 1, kinds["words"], 10**6, 4, 2))) == len(read) == 1
+    assert capsys.readouterr().err == ""  # no bar
     assert len(list(data.show_pairs([path], 9, kinds["words"], 10**6, 4, 2))) == 6
     with pytest.raises(ValueError, match="a:1: a row of text needs a tokenizer.json .*AutoTokenizer"):
         list(data.show_pairs([path], 2, None, 10**6, 64))
