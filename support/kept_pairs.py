@@ -29,7 +29,7 @@ def made_by(flags: object, names: Iterable[str]) -> dict[str, object]:
 
     made = {name: getattr(flags, name) for name in DATA_FLAGS if name in names}
     made |= {name: [describe(x) for x in value] for name, value in made.items() if name.endswith("data")}
-    tokenizer = [Path(flags.model) / name for name in TOKENIZER_FILES] if flags.model else []
+    tokenizer = [Path(flags.model) / name for name in TOKENIZER_FILES]
     return made | {"tokenizer": [describe(file) for file in tokenizer if file.exists()]}
 
 
