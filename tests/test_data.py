@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from support import data
 from support.data import load_pairs, show_pair
-from support.rows import Batch, Pair, collate, epoch_order, micro_batches, row_length
+from support.rows import Batch, Pair, collate, epoch_order, locations, micro_batches, row_length
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -475,6 +475,12 @@ def test_a_row_of_null_is_a_bad_row(tmp_path):
     (tmp_path / "a").write_bytes(b"\n" + LINE + b"\nnull\n\n" + LINE)
     pairs, report = load(tmp_path / "a", skip_bad_rows=True)
     assert [p.line for p in pairs] == [2, 5] and report.read == 3 and report.bad == {"not an object": 1}
+
+
+def test_locations_name_at_most_eight_rows():
+    pairs = [Pair(*[np.array([1], np.int32)] * 3, "some/where/a.jsonl", i) for i in range(1, 10)]
+    eight = "rows " + ", ".join(f"a.jsonl:{i}" for i in range(1, 9))
+    assert locations(pairs[:8]) == eight and locations(pairs) == f"{eight} …"
 
 
 # ---------------------------------------------------------------------------------------------------------- held out
