@@ -76,6 +76,7 @@ MUTANTS = [
             ("softmax of the library", "    p /= total\n", "    p /= total\n    p = f.log_softmax(-1).exp()\n"),
             ("KL as it cancels", "x.abs() < 0.1, p * series", "x.abs() < 0, p * series"),
             ("the float64 series ends at x³", "x / 4 * (1 + x / 5", "0 * (1 + x / 5"),
+            ("the float64 series ends at x⁸", "x / 8 * (1 + x / 9)", "x / 8"),
             ("the float64 series is used too far", "x.abs() < 0.1", "x.abs() < 2"),
             ("no float64 where moments end", "far = ~((size < FLOAT64_FROM) & (epsilon * size < 1))", "far = size < 0"),
             ("float64 from far too late", "FLOAT64_FROM = 4.0", "FLOAT64_FROM = 40.0"),

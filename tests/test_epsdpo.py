@@ -776,6 +776,21 @@ def test_dtypes_and_gradient_of_the_loss():
     assert out.loss.shape == () and all(x.shape == (2,) for x in out[1:])
 
 
+@pytest.mark.parametrize("wide", [0.0999, 0.05, 1e-3, 1e-8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_kl_of_two_words_is_exact_to_the_last_digits(wide, sign):
+    """Float64 logits that differ by less than a tenth: every term of the series counts, the last one for 1e-12."""
+    f = torch.tensor([[math.log(2.0), 0.0]], dtype=torch.float64)
+    p, label = f.softmax(-1)[0].tolist(), torch.tensor([0])
+    f_ref = f + torch.tensor([0.0, sign * wide], dtype=torch.float64)
+    found = token_stats(f, f_ref, label, 0.01).kl.item()
+    with mpmath.workdps(60):
+        d = mpmath.mpf(f[0, 1].item()) - mpmath.mpf(f_ref[0, 1].item())  # as the two numbers were rounded
+        p = [1 / (1 + mpmath.exp(-mpmath.mpf(f[0, 0].item()))), 1 / (1 + mpmath.exp(mpmath.mpf(f[0, 0].item())))]
+        exact = p[1] * d + mpmath.log(p[0] + p[1] * mpmath.exp(-d))  # E_p[log p − log q]
+    assert abs(found - exact) <= 2e-14 * exact
+
+
 def test_no_gradient_reaches_the_reference():
     """A port may compute the reference's sums with autograd on, perhaps from weights that it shares with the policy."""
     logp = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
