@@ -459,7 +459,7 @@ def show_pair(pair: Pair, tokenizer: Tokenizer | None) -> str:
     return "\n".join(lines)
 
 
-def check_apart(flags: object) -> None:
+def check_given_once(flags: object) -> None:
     """ValueError for a file that is given twice."""
     paths = [os.path.realpath(file) for file in (*flags.data, *flags.eval_data)]
     if twice := [path for path in paths if paths.count(path) > 1]:
@@ -468,7 +468,7 @@ def check_apart(flags: object) -> None:
 
 def read_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> tuple[list[Pair], list[Pair]]:
     """The pairs to train on and the held-out ones, from the files, with a report of what became of their rows."""
-    check_apart(flags)
+    check_given_once(flags)
     rules = {"tokenizer": tokenizer, "vocab_size": config.vocab_size, "max_length": flags.max_length}
     rules |= {"max_prompt_length": flags.max_prompt_length, "skip_bad_rows": flags.skip_bad_rows}
     rules |= {"max_position_embeddings": config.max_position_embeddings, "progress": rank_and_world()[0] == 0}
@@ -517,7 +517,7 @@ def show_pairs(
 
 def print_pairs(flags: object, tokenizer: Tokenizer | None, config: Config) -> None:
     """Print the first --show pairs of --data, then those of --eval-data, as the model will see them."""
-    check_apart(flags)
+    check_given_once(flags)
     lengths = flags.max_length, flags.max_prompt_length, config.max_position_embeddings
     for files in filter(None, (flags.data, flags.eval_data)):
         for text in show_pairs(files, flags.show, tokenizer, config.vocab_size, *lengths):

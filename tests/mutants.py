@@ -154,7 +154,7 @@ MUTANTS = [
             ("prompt cut on its right", "prompt[len(prompt) - keep + bos :]", "prompt[bos:keep]"),
             ("--show passes over --eval-data", "filter(None, (flags.data, flags.eval_data))", "filter(None, (flags.data,))"),
             ("--show prints what a terminal obeys", "printable(text)", "text"),
-            ("--show of a file given twice", "    check_apart(flags)\n    lengths", "    lengths"),
+            ("--show of a file given twice", "    check_given_once(flags)\n    lengths", "    lengths"),
             ("files without a usable pair", "if not pairs or (flags.eval_data and not eval_pairs):", "if not pairs:"),
             ("nothing to train on", "if not pairs or (flags.eval_data and not eval_pairs):", "if flags.eval_data and not eval_pairs:"),
             ("a file may be given twice", "if paths.count(path) > 1]", "if paths.count(path) > 2]"),
