@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, rope, rotate, visible
+from model import GPT, Config, rope, rotate, visible
 from support.checkpoint import load_model
 from tests.checkpoints import (
     FAMILIES,
@@ -364,3 +364,12 @@ def test_generate_is_a_function_of_its_generator_and_stops_at_eos():
     for bad in (([], 3), ([[]], 3), ([[1]], 0), ([[1]], 3, -1.0), ([[1]], 3, float("nan"))):
         with pytest.raises(ValueError, match="generate"):
             model.generate(*bad)
+
+
+def test_the_defaults_of_a_config_are_llamas():
+    size = {"vocab_size": 7, "hidden_size": 8, "intermediate_size": 16, "head_dim": 4, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 1, "num_hidden_layers": 1, "max_position_embeddings": 8, "windows": (None,)}
+    names = GPT(Config(**size)).state_dict().keys()
+    assert "lm_head.weight" in names and not [
+        name for name in names if "bias" in name or "self_attn" in name and "norm" in name
+    ]
