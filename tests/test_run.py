@@ -143,7 +143,7 @@ def test_a_run_without_a_whole_model_is_not_finished(gone, folder, tmp_path, cap
     assert "finished" not in capsys.readouterr().out and snapshot(out) == before
 
 
-@pytest.mark.parametrize("name, keep", [("model.safetensors", 9000), ("model.safetensors", 0), ("config.json", 20)])
+@pytest.mark.parametrize("name, keep", [("model.safetensors", 9000), ("model.safetensors", -1), ("config.json", 20)])
 @pytest.mark.parametrize("saves", [0, 1])
 def test_a_finished_run_with_a_damaged_model_is_no_success(name, keep, saves, folder, tmp_path, capsys):
     """A copy that was cut, or a full disk: the message says how to get the model again, and that works."""
@@ -151,7 +151,12 @@ def test_a_finished_run_with_a_damaged_model_is_no_success(name, keep, saves, fo
     argv = argv_of(folder, out, "--steps", 2, "--save-every", saves)
     assert train.main(argv) == 0
     whole = snapshot(out)
-    (out / "model" / name).write_bytes((out / "model" / name).read_bytes()[:keep])
+    path = out / "model" / name
+    if keep > 0:
+        path.write_bytes(path.read_bytes()[:keep])
+    else:  # a folder in its place
+        path.unlink()
+        path.mkdir()
     cut = snapshot(out)
     code, said = ended([*argv, "--resume"], capsys)
     assert code == 2 and f"the finished run in {out} has a damaged model: {out / 'model'}" in said
