@@ -205,11 +205,16 @@ def test_step_0_is_exactly_zero_on_the_toy(dtype, quick_toy):
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=real), pytest.param("bfloat16", marks=[*real, pytest.mark.slow])]
+    "dtype, n, longest",
+    [
+        pytest.param("float32", 3, 8, marks=real),
+        pytest.param("float32", 5, 20, marks=[*real, pytest.mark.slow]),
+        pytest.param("bfloat16", 5, 20, marks=[*real, pytest.mark.slow]),
+    ],
 )
-def test_step_0_is_exactly_zero_on_a_real_checkpoint(dtype):
+def test_step_0_is_exactly_zero_on_a_real_checkpoint(dtype, n, longest):
     policy, reference = (load_model(CHECKPOINT) for _ in range(2))
-    pairs = pairs_of(id_rows(3, vocab=policy.config.vocab_size, longest=8))
+    pairs = pairs_of(id_rows(n, vocab=policy.config.vocab_size, longest=longest))
     assert_nothing_has_moved(policy, reference, pairs, dtype, beta=0.01, lr=1e-6)
 
 
@@ -962,20 +967,21 @@ def test_the_toy_ends_in_a_report(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, dtype",
+    "name, length, answer",
     [
-        pytest.param("hh-harmless-test.jsonl.gz", "float32", marks=[*real, pytest.mark.slow]),
-        pytest.param("chat-preferences.jsonl", "float32", marks=real),
+        pytest.param("hh-harmless-test.jsonl.gz", 96, 64, marks=[*real, pytest.mark.slow]),
+        pytest.param("chat-preferences.jsonl", 96, 64, marks=[*real, pytest.mark.slow]),
+        pytest.param("chat-preferences.jsonl", 48, 8, marks=real),
     ],
 )
-def test_a_real_run(name, dtype, tmp_path, monkeypatch, capsys):
+def test_a_real_run(name, length, answer, tmp_path, monkeypatch, capsys):
     if not (DATA / name).exists():
         pytest.skip(f"no {name}")
     generate = GPT.generate
-    monkeypatch.setattr(GPT, "generate", lambda self, prompts, n, eos: generate(self, prompts, 8, eos))  # 64 take long
+    monkeypatch.setattr(GPT, "generate", lambda self, prompts, n, eos: generate(self, prompts, answer, eos))
     argv = ["--model", CHECKPOINT, "--data", DATA / name, "--out", tmp_path / "out", "--skip-bad-rows", "--steps", 2]
-    argv += ["--batch-size", 2, "--max-length", 48, "--micro-tokens", 96, "--eval-size", 1, "--samples", 1]
-    assert train.main([str(a) for a in [*argv, "--dtype", dtype, "--lr", "1e-6"]]) == 0
+    argv += ["--batch-size", 2, "--max-length", length, "--micro-tokens", 2 * length, "--eval-size", 2, "--samples", 1]
+    assert train.main([str(a) for a in [*argv, "--lr", "1e-6", "--save-every", 2]]) == 0
     said = capsys.readouterr().out
     assert "pairs kept" in said and said.count("held-out pairs: accuracy") == 2 and "before:" in said
     lines = read_metrics(tmp_path / "out")
