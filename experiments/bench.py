@@ -1,7 +1,8 @@
 """Measure the cost of a training step: `python -m experiments.bench --model DIR --data FILE.jsonl`
 
     ours     train.py's step with ε > 0
-    cached   the same with a --cache-reference file, which is made before the clock starts
+    low      the same with --gradient-checkpointing and twice the --micro-tokens: less memory
+    cached   as ours, with a --cache-reference file, which is made before the clock starts
     dpo      the same step as plain DPO: the head computes log-probabilities and never the difference of logits
     usual    two padded sequences per pair, logits of all their tokens, three log-softmaxes (and the reference's)
     trl      TRL's DPOTrainer (plain DPO), where trl is installed
@@ -36,7 +37,7 @@ from support.device import autocast, keep_freed_memory, memory_gb, my_micro_batc
 from support.rows import Pair, collate, row_length
 from support.text import Tokenizer
 
-WAYS = ("ours", "cached", "dpo", "usual", "trl")
+WAYS = ("ours", "low", "cached", "dpo", "usual", "trl")
 SHAPE = "vocab_size=2048,hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4"
 
 
@@ -143,10 +144,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         return measure_trl(args, pairs)
     if args.one != "usual":
         keep_freed_memory()
-    policy, flags = make(), train.Flags(beta=0.1, micro_tokens=args.micro_tokens, dtype=args.dtype)
+    micro_tokens = args.micro_tokens * (2 if args.one == "low" else 1)
+    policy, flags = make(), train.Flags(beta=0.1, micro_tokens=micro_tokens, dtype=args.dtype)
+    policy.gradient_checkpointing = args.one == "low"
     if args.one == "cached":
         folder = tempfile.mkdtemp()
-        reference = CachedReference(policy, pairs, folder, args.dtype, args.micro_tokens)
+        reference = CachedReference(policy, pairs, folder, args.dtype, micro_tokens)
         shutil.rmtree(folder)  # the mapped file stays readable
     else:
         reference = make(keep_16_bit=True).requires_grad_(False)
