@@ -43,6 +43,7 @@ KINDS = {  # how a file begins -> what it is, and what to do
     rb"\x28\xb5\x2f\xfd": "a zstd file: unpack it with `zstd -d`",
     rb"BZh": "a bzip2 file: unpack it with `bunzip2`",
     rb"\xfd7zXZ": "an xz file: unpack it with `unxz`",
+    rb".{257}ustar": "a tar archive: unpack it with `tar -xf`",
     rb"\xff\xfe\0\0|\0\0\xfe\xff|([\n\r -~]\0{3}){2}|(\0{3}[\n\r -~]){2}": UTF8.format("UTF-32"),
     rb"\xff\xfe|\xfe\xff|([\n\r -~]\0){2}|(\0[\n\r -~]){2}": UTF8.format("UTF-16"),
     rb"PAR1": table("'parquet', data_files='PATH'"),

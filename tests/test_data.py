@@ -413,6 +413,11 @@ def test_memory_is_that_of_the_ids(tmp_path):
         (b"prompt,chosen,rejected\nHi,yes,no\n", "a table; make JSON lines"),
         (json.dumps(ROW).encode("utf-16"), "text in UTF-16"),
         (b"<!DOCTYPE html><html>", "an HTML page"),
+        (b"pairs.jsonl".ljust(257, b"\0") + b"ustar\0", "a tar archive.*tar -xf"),
+        (b"\x93NUMPY\x01\0v\0{'descr': '<i4'}\n", "a binary file; expected JSON lines"),
+        (b"SQLite format 3\0\x10\0\x01\x01", "a binary file"),
+        (b"\x89PNG\r\n\x1a\n", "a binary file"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a binary file"),
         (gzip.compress(gzip.compress(LINE, mtime=0), mtime=0), "a gzip file.*gunzip"),
     ],
 )

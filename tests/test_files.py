@@ -52,6 +52,7 @@ NAMED = {  # content, a word of its name, a word of the remedy
     "gzip": (gzip.compress(ROW.encode(), mtime=0), "gzip", "gunzip"),
     "zstd": (bytes.fromhex("28b52ffd2004"), "zstd", "zstd -d"),
     "bzip2": (bz2.compress(b"{}"), "bzip2", "bunzip2"),
+    "tar": (b"pairs.jsonl".ljust(257, b"\0") + b"ustar\x0000", "tar", "tar -xf"),
     "xz": (lzma.compress(b"{}"), "xz", "unxz"),
     "a pickle": (pickle.dumps({"a": 1}), "pickle", "safetensors"),
     "PyTorch's pickle": (saved(), "pickle", "safetensors"),
