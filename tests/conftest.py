@@ -1,7 +1,8 @@
-"""Fixtures of the tests that train: test_train.py, test_resume.py, test_processes.py."""
+"""How the whole suite runs, and the fixtures of the tests that train: test_train.py, test_resume.py, test_processes.py."""
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,15 @@ import torch
 from support import toy
 from support.checkpoint import save_model
 from tests.runs import id_rows, tiny_model, write_rows
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config) -> None:
+    """`pytest` alone runs the suite in two processes, a file at a time. Tests named by you run in one: a debugger works."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if everything and not config.option.usepdb and config.getoption("numprocesses", 0) is None:  # pytest-xdist is there
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # threads of each
 
 
 @pytest.fixture
