@@ -175,6 +175,7 @@ MUTANTS = [
             ("an array of any size", "if len(text) > MAX_ARRAY:", "if False:"),
             ("rows of an array called lines", "place = \"{}: row {}\" if is_array else place", "pass"),
             ("a file of another kind is read as rows", "kind = kind_of(start, path) if start else None", "kind = None"),
+            ("the model's number of positions is not asked for", '{"max_position_embeddings": config.max_position_embeddings, "progress"', '{"progress"'),
             ("binary data of an unknown kind is read as rows", "if kind or BINARY.match(start):", "if kind:"),
             ("a path that is no file", "    check_data(Path(path))\n", ""),
             ("what is in a gzip file may be anything", "if kind or BINARY", "if not is_packed and kind or BINARY"),

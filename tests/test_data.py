@@ -349,6 +349,11 @@ def test_longer_than_the_model_has_positions(tmp_path):
         load(tmp_path / "a", max_position_embeddings=10, skip_bad_rows=True)
     assert load(tmp_path / "a", max_position_embeddings=11)[1].kept == 2
     assert load(tmp_path / "a", max_position_embeddings=10, max_length=10)[1].kept == 2  # after truncation it fits
+    flags = SimpleNamespace(max_length=99, max_prompt_length=9, skip_bad_rows=True, show=2, data=(str(tmp_path / "a"),))
+    flags.eval_data, flags.eval_size = (), 0
+    for read in (data.read_pairs, data.print_pairs):
+        with pytest.raises(ValueError, match="a:2: .*11 tokens.*max_position_embeddings of 10"):
+            read(flags, None, SimpleNamespace(vocab_size=30, max_position_embeddings=10))
 
 
 # -------------------------------------------------------------------------------------------------------- report

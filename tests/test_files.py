@@ -171,6 +171,7 @@ FOLDERS = {  # the files of a folder (none: no such folder), what is wanted, wha
         "tokenizer.json",
         ["tokenizer.model alone", "AutoTokenizer"],
     ),
+    "a tokenizer alone": (("tokenizer.model",), "config.json", ["expected config.json", "got tokenizer.model"]),
     "a tokenizer elsewhere": (("config.json",), "tokenizer.json", ["expected tokenizer.json", "got config.json"]),
     "old weights": (
         ("config.json", "pytorch_model.bin"),
