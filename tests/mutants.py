@@ -277,6 +277,7 @@ MUTANTS = [
             ("shared ranges of the data", "fits = info[\"data_offsets\"] == [start, end]", "fits = info[\"data_offsets\"][1] >= 0"),
             ("shapes that overflow", " and all(math.prod(shape[:i]) < 2**64 for i in range(len(shape)))", ""),
             ("a tensor's name twice", "require(len(keys) == len(set(keys)),", "require(True,"),
+            ("RoPE in both forms is refused though they are equal", "same = scaling == parameters or not", "same = not"),
             ("weights that are something else go unnamed", "        what = what_is(path)", "        what = None"),
             ("a path out of the folder", "\"..\" not in parts and not file.startswith(\"/\")", "True"),
             ("integers for weights", "require(not odd,", "require(True,"),

@@ -115,6 +115,11 @@ def test_a_window_that_is_not_used_may_be_anything(family, window, tmp_path):
         assert resolve(SMALL | {"model_type": family, "sliding_window": window}) == found  # off is their default
 
 
+def test_rope_given_in_both_forms_alike():
+    rope = {"rope_type": "linear", "factor": 2.0}
+    assert small_config(rope_scaling=rope, rope_parameters=rope) == small_config(rope_scaling=rope) != small_config()
+
+
 def test_layer_types_that_only_repeat_what_the_family_does():
     full, sliding = ["full_attention"] * 3, ["sliding_attention"] * 3
     assert small_config(layer_types=full) == small_config()

@@ -826,6 +826,9 @@ def test_a_generation_prompt_that_the_dialogue_does_not_continue(with_template, 
         load(tmp_path / "a", rows, tokenizer)
     pairs, report = load(tmp_path / "a", rows, tokenizer, skip_bad_rows=True)
     assert not pairs and report.bad == {"chat template changes the prompt": 2}
+    asks = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
+    with pytest.raises(ValueError, match="'>' at character 2 of the prompt, '' where an answer follows"):
+        load(tmp_path / "a", rows, with_template(asks))
     fine = {"prompt": "Hi", "chosen": [assistant("<think>\nyes")], "rejected": [assistant("<think>\nno")]}
     assert tokenizer.decode(one(tmp_path / "a", fine, tokenizer)[1]) == "yes<|im_end|>"
 
