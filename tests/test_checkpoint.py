@@ -829,6 +829,8 @@ def test_a_model_that_llama_cannot_express_gets_the_config_of_another_family():
     config = small_config(model_type="mistral", hidden_size=33, head_dim=8, sliding_window=None)  # 4 heads: 33 / 4
     found = config_json(config)
     assert found["model_type"] == "mistral" and resolve(found) == config
+    with pytest.raises(ValueError, match="expected a model that one of llama, mistral, qwen2, qwen3 can express"):
+        config_json(dataclasses.replace(config, qk_norm=True, qkv_bias=True))  # Qwen2 has these biases, Qwen3 this norm
 
 
 def test_what_is_copied_kept_and_removed(own, tmp_path):

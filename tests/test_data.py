@@ -343,10 +343,12 @@ def test_lengths_are_checked_before_anything_is_read(tmp_path, length, prompt):
 
 
 def test_longer_than_the_model_has_positions(tmp_path):
-    rows = [ROW, {"prompt": [1] * 5, "chosen": [3] * 3, "rejected": [5] * 6}]
-    write(tmp_path / "a", rows)
-    with pytest.raises(ValueError, match="a:2: .*11 tokens.*max_position_embeddings of 10"):
-        load(tmp_path / "a", max_position_embeddings=10, skip_bad_rows=True)
+    rows = [ROW, {"prompt": [1] * 5}]
+    for longer in ("chosen", "rejected"):
+        rows[1] |= {"chosen": [3] * 3, "rejected": [5] * 3, longer: [5] * 6}
+        write(tmp_path / "a", rows)
+        with pytest.raises(ValueError, match="a:2: .*11 tokens.*max_position_embeddings of 10"):
+            load(tmp_path / "a", max_position_embeddings=10, skip_bad_rows=True)
     assert load(tmp_path / "a", max_position_embeddings=11)[1].kept == 2
     assert load(tmp_path / "a", max_position_embeddings=10, max_length=10)[1].kept == 2  # after truncation it fits
     flags = SimpleNamespace(max_length=99, max_prompt_length=9, skip_bad_rows=True, show=2, data=(str(tmp_path / "a"),))

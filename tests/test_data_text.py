@@ -252,11 +252,15 @@ def test_stored_settings_do_not_touch_long_texts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_beginning_and_end_of_plain_text(tmp_path, kinds, kind):
+def test_beginning_and_end_of_plain_text(tmp_path, kinds, kind, monkeypatch):
     tokenizer = kinds[kind]
     prompt, chosen, rejected = one(tmp_path / "a", text_row("He said", " yes", " no"), tokenizer)
     assert tokenizer.lead == ([1] if kind in LEADS else []) == [i for i in prompt if i == 1]
     assert prompt[:1] == [1] or kind not in LEADS
+    monkeypatch.setattr(
+        tokenizer, "library", types.SimpleNamespace(bos_token_id=None)
+    )  # the beginning has a mark without one
+    assert tokenizer.bos_length(prompt) == len(tokenizer.lead)
     for response in (chosen, rejected):
         assert response[-1] == 2 and response.count(2) == 1 and 1 not in response
 
