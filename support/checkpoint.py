@@ -140,8 +140,8 @@ def resolve(found: dict) -> Config:
     require(divides, f"num_attention_heads: expected a divisor of hidden_size {width}, got {heads}")
     keys, size = c["num_key_value_heads"] or heads, c["head_dim"] or width // heads
     require(heads % keys == 0, f"num_key_value_heads: expected a divisor of num_attention_heads {heads}, got {keys}")
-    made = "" if c["head_dim"] else f", which is hidden_size {width} // num_attention_heads {heads}"
-    require(size > 0 and size % 2 == 0, f"head_dim: expected an even size, as RoPE rotates pairs, got {size}{made}")
+    origin = "" if c["head_dim"] else f", which is hidden_size {width} // num_attention_heads {heads}"
+    require(size > 0 and size % 2 == 0, f"head_dim: expected an even size, as RoPE rotates pairs, got {size}{origin}")
     require(size * heads <= 2**28, f"num_attention_heads {heads} times head_dim {size} is too large (limit 2^28)")
 
     window = c["sliding_window"] if always or c["use_sliding_window"] else None

@@ -390,7 +390,7 @@ def load_checkpoint(out: Path, policy: GPT, optimizer, method, mine: dict[str, s
     try:
         if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch itself does not look at the checksums
             raise ValueError(f"{broken} in it is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+        state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt"))
         differ = differences(state["fingerprint"], mine)
         if not differ:
             step, of_method, lines = state["step"], dict(state["method"]), json.loads(state["metrics"])

@@ -19,8 +19,8 @@ from tests.runs import id_rows, tiny_model, write_rows
 def pytest_cmdline_main(config) -> None:
     """`pytest` alone runs the suite in two processes, a file at a time. Tests named by you run in one: a debugger works."""
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb
-    is_one_of_the_two = "PYTEST_XDIST_WORKER" in os.environ
-    if everything and not is_one_of_the_two and config.getoption("numprocesses", 0) is None:  # pytest-xdist is there
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if everything and not is_worker and config.getoption("numprocesses", 0) is None:  # pytest-xdist is there
         config.option.numprocesses, config.option.dist = 2, "loadfile"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # threads of each
 

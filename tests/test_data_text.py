@@ -257,9 +257,8 @@ def test_beginning_and_end_of_plain_text(tmp_path, kinds, kind, monkeypatch):
     prompt, chosen, rejected = one(tmp_path / "a", text_row("He said", " yes", " no"), tokenizer)
     assert tokenizer.lead == ([1] if kind in LEADS else []) == [i for i in prompt if i == 1]
     assert prompt[:1] == [1] or kind not in LEADS
-    monkeypatch.setattr(
-        tokenizer, "library", types.SimpleNamespace(bos_token_id=None)
-    )  # the beginning has a mark without one
+    # What marks the beginning need not be called bos_token.
+    monkeypatch.setattr(tokenizer, "library", types.SimpleNamespace(bos_token_id=None))
     assert tokenizer.bos_length(prompt) == len(tokenizer.lead)
     for response in (chosen, rejected):
         assert response[-1] == 2 and response.count(2) == 1 and 1 not in response
