@@ -501,6 +501,7 @@ def test_shrinking_keeps_to_its_time(read, monkeypatch):
     "function, told",
     [
         (lambda case: case["nothing"], "raised KeyError at test_suite.py:"),
+        (lambda case: np.linalg.inv(np.zeros((2, 2))), "raised LinAlgError at test_suite.py:"),  # not at NumPy's line
         (lambda case: {k: v for k, v in oracle.answer(case).items() if k != "loss"}, "loss is missing"),
         (lambda case: oracle.answer(case) | {"step": [[0]]}, "step: expected real numbers of shape"),
     ],
@@ -610,9 +611,11 @@ def test_command_line_on_someone_elses_function(tmp_path):
     for name in ("model", "train", "sibling"):
         (tmp_path / f"{name}.py").write_text("NAME = 'theirs'\n")
     (tmp_path / "theirs.py").write_text(THEIRS)
-    report = tmp_path / "report.json"
-    run = suite(tmp_path, "--impl", f"{tmp_path / 'theirs.py'}:right", "--report", str(report))
-    assert run.returncode == 0, run.stdout + run.stderr
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sibling.py").write_text("NAME = 'of another folder'\n")
+    report, other = tmp_path / "report.json", tmp_path / "other"
+    run = suite(tmp_path, "--impl", f"{tmp_path / 'theirs.py'}:right", "--report", str(report), pythonpath=other)
+    assert run.returncode == 0 and "more properties fail" not in run.stdout, run.stdout + run.stderr
     assert "passes the level method (204 of 204 cases right); fails the level exact" in run.stdout
     told = json.loads(report.read_text(encoding="utf-8"))
     assert told["passes"] and told["failing"]["method"] == [] and "grad" in told["not_judged"]
@@ -621,6 +624,7 @@ def test_command_line_on_someone_elses_function(tmp_path):
     assert run.returncode == 1 and "cases fail with:" in run.stdout, run.stdout + run.stderr
     run = suite(tmp_path, "--impl", "theirs:wrong", pythonpath=tmp_path)
     assert run.returncode == 1 and "step[0]: expected 1, got -1" in run.stdout and "[steps_swapped]" in run.stdout
+    assert re.search(r"\n[1-9]\d* more properties fail, see the table\.\n", run.stdout)
 
 
 @pytest.mark.parametrize(
