@@ -247,7 +247,8 @@ def test_wrong_answers_of_every_kind_are_complaints(change, complaint, read):
 def test_tensors_that_require_grad_are_read(read):
     right = oracle.answer(to_arrays(read[0], "arithmetic"))
     grad = [Tensor(x) for x in right["grad"]]
-    assert not complaints(read[0], right | {"loss": Tensor(right["loss"]), "grad": grad}, "arithmetic")
+    beta = [Tensor(x) for x in right["beta"]]  # one tensor for each pair
+    assert not complaints(read[0], right | {"loss": Tensor(right["loss"]), "beta": beta, "grad": grad}, "arithmetic")
 
 
 def only_easy(case: dict):
