@@ -144,12 +144,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         return measure_trl(args, pairs)
     if args.one != "usual":
         keep_freed_memory()
-    micro_tokens = args.micro_tokens * (2 if args.one == "low" else 1)
-    policy, flags = make(), train.Flags(beta=0.1, micro_tokens=micro_tokens, dtype=args.dtype)
-    policy.gradient_checkpointing = args.one == "low"
+    policy, flags = make(), train.Flags(beta=0.1, micro_tokens=args.micro_tokens, dtype=args.dtype)
+    if args.one == "low":
+        policy.gradient_checkpointing, flags.micro_tokens = True, 2 * args.micro_tokens
     if args.one == "cached":
         folder = tempfile.mkdtemp()
-        reference = CachedReference(policy, pairs, folder, args.dtype, micro_tokens)
+        reference = CachedReference(policy, pairs, folder, args.dtype, args.micro_tokens)
         shutil.rmtree(folder)  # the mapped file stays readable
     else:
         reference = make(keep_16_bit=True).requires_grad_(False)

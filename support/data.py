@@ -36,7 +36,8 @@ from support.text import Tokenizer
 MAX_LINE = 1 << 24  # bytes; a longer line is no preference pair, and a small gzip file can hold a huge one
 MAX_ARRAY = 1 << 30  # bytes; a JSON array is in memory as a whole
 GZIP = b"\x1f\x8b"
-BINARY = re.compile(rb"%PDF|(?!\s*[\[{]).*[\0-\x08\x0e-\x1f]", re.DOTALL)  # JSON has no such bytes
+# A PDF, or control characters (text has none) in what does not begin as JSON: a damaged row makes no binary file.
+BINARY = re.compile(rb"%PDF|(?!\s*[\[{]).*[\0-\x08\x0e-\x1f]", re.DOTALL)
 BLANK = object()  # stands for a line without a row
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,8 +95,9 @@ def read_rows(path: str) -> Iterator[tuple[int, str, object]]:
                 is_array, start = True, stream.peek(512)[:512]  # until a line is read, an error is that of the file
                 start = start.removeprefix(BOM_UTF8)
                 kind = kind_of(start, path) if start else None
-                if kind or BINARY.match(start):
-                    kind = kind or "a binary file; expected JSON lines"
+                if not kind and BINARY.match(start):
+                    kind = "a binary file; expected JSON lines"
+                if kind:
                     raise ValueError(f"this is, unpacked, {kind}" if is_packed else f"this is {kind}")
                 is_array = start.lstrip().startswith(b"[")
                 place = "{}: row {}" if is_array else place

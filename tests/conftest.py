@@ -17,10 +17,11 @@ from tests.runs import id_rows, tiny_model, write_rows
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_cmdline_main(config) -> None:
-    """`pytest` alone runs the suite in two processes, a file at a time. Tests named by you run in one: a debugger works."""
-    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    if everything and not is_worker and config.getoption("numprocesses", 0) is None:  # pytest-xdist is there
+    """`pytest` alone runs the suite in two processes, a file at a time. What you name runs in one, for a debugger."""
+    whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    undecided = config.getoption("numprocesses", 0) is None and not config.option.usepdb  # 0: without pytest-xdist
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # one of the two, which must start no more
+    if whole_suite and undecided and not is_worker:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # threads of each
 
