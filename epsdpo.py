@@ -67,8 +67,7 @@ class EpsDPOLoss(NamedTuple):
     margin: Tensor  # float64: the log-ratio of chosen minus that of rejected
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From logits to numbers per token
+# ---- from logits to numbers per token --------------------------------------------------------------------------------
 
 
 def perturbed_logits(policy_logits: Tensor, ref_logits: Tensor, s: float) -> Tensor:
@@ -131,16 +130,18 @@ def linear_token_stats(
     labels: Tensor,
     epsilon_check: float,
     chunk_size: int = 256,
+    weight_grad: Tensor | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits hidden @ weight.T, computing the logits of at most `chunk_size` tokens at a time.
 
     Hidden states (M, D) and output matrices (V, D), each model with its own D; labels (M,), int64. The matmuls run in
     float32 or better, outside autocast: logits rounded to bf16 cannot be repaired. Gradient reaches `policy_hidden`
     and `policy_weight`. Raises ValueError in the same cases as `token_stats`.
+    weight_grad: `policy_weight.grad`, if backward shall add to it in place; else it makes another (V, D) tensor.
     """
     tensors = (policy_hidden, policy_weight, ref_hidden.detach(), ref_weight.detach(), labels)
     _check_linear(*tensors, epsilon_check, chunk_size)
-    stats = TokenStats(*_LinearTokenStats.apply(*tensors, epsilon_check, chunk_size))
+    stats = TokenStats(*_LinearTokenStats.apply(*tensors, epsilon_check, chunk_size, weight_grad))
     _check_finite(stats)
     return stats
 
@@ -149,9 +150,10 @@ class _LinearTokenStats(torch.autograd.Function):
     """Computes logits in chunks, and all but the last chunk's again in backward, into one (V, D) gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size, weight_grad):
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.chunk_size, ctx.dtype = chunk_size, _common_dtype(hidden, weight, ref_hidden, ref_weight)
+        ctx.chunk_size, ctx.weight_grad = chunk_size, weight_grad
+        ctx.dtype = _common_dtype(hidden, weight, ref_hidden, ref_weight)
         w, ref_w = weight.to(ctx.dtype), ref_weight.to(ctx.dtype)
         chunks = []
         with torch.autocast(hidden.device.type, enabled=False):
@@ -167,7 +169,8 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(ctx, grad, *_):
         hidden, weight, labels = ctx.saved_tensors
         w, grad = weight.to(ctx.dtype), grad.to(ctx.dtype)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(w)
+        in_place = ctx.weight_grad is not None and ctx.weight_grad.dtype == ctx.dtype
+        grad_hidden, grad_weight = torch.empty_like(hidden), ctx.weight_grad if in_place else torch.zeros_like(w)
         logits, ctx.last_logits = ctx.last_logits, None  # a second backward computes them again
         with torch.autocast(hidden.device.type, enabled=False):
             for start in reversed(range(0, len(hidden), ctx.chunk_size)):
@@ -179,7 +182,7 @@ class _LinearTokenStats(torch.autograd.Function):
                 logits = None
                 grad_hidden[chunk] = g_logits @ w
                 grad_weight.addmm_(g_logits.T, h)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, None if in_place else grad_weight.to(weight.dtype), *[None] * 6
 
 
 @torch.no_grad()
@@ -260,8 +263,7 @@ def _log_mean_exp(p: Tensor, log_p: Tensor, x: Tensor) -> Tensor:
     return torch.where(large.abs() < 0.4, h.sum(-1).log1p(), large)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From tokens to responses, pairs, the loss and the next β
+# ---- from tokens to responses, pairs, the loss and the next β --------------------------------------------------------
 
 
 def sum_over_responses(stats: TokenStats, owner: Tensor, num_responses: int) -> TokenStats:
@@ -323,8 +325,7 @@ def next_beta(beta: float, n_lower: int, n_keep: int, n_raise: int, epsilon_step
     return beta * ((n_lower / (1 + epsilon_step) + n_keep + n_raise / (1 - epsilon_step)) / n)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Precision and checks
+# ---- precision and checks --------------------------------------------------------------------------------------------
 
 
 def _common_dtype(*tensors: Tensor) -> torch.dtype:

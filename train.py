@@ -111,19 +111,21 @@ class EpsDPO:
 
 
 def score_pairs(
-    policy: GPT, reference: Reference, batch: Batch, epsilon_check: float, dtype: str
+    policy: GPT, reference: Reference, batch: Batch, epsilon_check: float, dtype: str, in_place: bool = False
 ) -> tuple[TokenStats, TokenStats]:
     """Sums (B,) over the chosen and over the rejected responses: one forward pass of each model, whatever ε is.
 
     dtype: "float16" or "bfloat16" runs the layers under autocast, "float32" does not. Heads never have 16 bits.
+    in_place: `backward()`, which must follow, adds the gradients of the two (V, D) matrices to `.grad` directly.
     """
     inputs = (batch.tokens, batch.positions, batch.segments, batch.source)
-    with autocast(dtype, batch.tokens.device):
+    with autocast(dtype, batch.tokens.device), device.gradient_in_place(policy.model.embed_tokens, in_place):
         with torch.no_grad():
-            ref_hidden, ref_weight = reference(*inputs, lambda hidden, weight: (hidden, weight))  # (M, D), (V, D)
+            ref = reference(*inputs, lambda hidden, weight: (hidden, weight))  # (M, D), (V, D)
 
         def head(hidden: Tensor, weight: Tensor) -> TokenStats:
-            return linear_token_stats(hidden, weight, ref_hidden, ref_weight, batch.label, epsilon_check)
+            weight_grad = weight.grad if in_place else None
+            return linear_token_stats(hidden, weight, *ref, batch.label, epsilon_check, weight_grad=weight_grad)
 
         tokens = policy(*inputs, head)  # numbers per token, (M,)
     pairs = len(batch.tokens)
@@ -139,17 +141,17 @@ def run_batch(
     micro_batches: this process's share. Returns sums over the pairs of all processes, and the steps (N,) of this
     process's pairs. Raises ValueError naming the rows whose logits are not finite.
     """
-    parts, steps = [], []
+    parts, steps, world = [], [], rank_and_world()[1]
     for pairs in micro_batches:
         batch = collate(pairs).to(policy.lm_head.weight.device)
         try:
-            chosen, rejected = score_pairs(policy, reference, batch, method.epsilon_check, flags.dtype)
+            chosen, rejected = score_pairs(policy, reference, batch, method.epsilon_check, flags.dtype, world == 1)
             out = method.loss(chosen, rejected, batch)
         except ValueError as e:
             raise ValueError(f"{locations(pairs)}: {e}") from e
         if torch.is_grad_enabled():
             # FSDP averages gradients over the processes: sum · world / n makes that the mean over all pairs.
-            (out.losses.sum() * (scale * rank_and_world()[1] / n)).backward()
+            (out.losses.sum() * (scale * world / n)).backward()
         parts.append(totals(out, chosen, rejected, batch, method.beta))  # metrics, and the counts for the next β
         steps.append(out.step)
     return sum_over_processes(parts), torch.cat(steps)

@@ -33,7 +33,7 @@ from model import GPT
 from support.cached_reference import CachedReference
 from support.checkpoint import load_model, read_config, resolve
 from support.data import load_pairs
-from support.device import autocast, keep_freed_memory, memory_gb, my_micro_batches
+from support.device import autocast, gradient_in_place, keep_freed_memory, memory_gb, my_micro_batches
 from support.rows import Pair, collate, row_length
 from support.text import Tokenizer
 
@@ -88,9 +88,9 @@ class LogpsAlone(_LinearTokenStats):
     """Plain DPO's head: two log-softmaxes, chunk by chunk. The backward pass is inherited."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size):
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size, weight_grad):
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.chunk_size, ctx.dtype = chunk_size, torch.float32
+        ctx.chunk_size, ctx.dtype, ctx.weight_grad = chunk_size, torch.float32, weight_grad
 
         def logps(states: Tensor, w: Tensor) -> Tensor:
             chunks = []
@@ -106,8 +106,11 @@ class LogpsAlone(_LinearTokenStats):
         return logp, ref_logp
 
 
-def logps_alone(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size=256) -> TokenStats:
-    logp, ref_logp = LogpsAlone.apply(hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size)
+def logps_alone(
+    hidden, weight, ref_hidden, ref_weight, labels, epsilon_check, chunk_size=256, weight_grad=None
+) -> TokenStats:
+    tensors = (hidden, weight, ref_hidden, ref_weight, labels)
+    logp, ref_logp = LogpsAlone.apply(*tensors, epsilon_check, chunk_size, weight_grad)
     zero = torch.zeros_like(ref_logp, dtype=torch.float64)
     return TokenStats(logp, ref_logp.double(), zero, zero, zero)
 
@@ -198,13 +201,13 @@ def in_parts(policy: GPT, reference: GPT, pairs: list[Pair], flags: train.Flags,
     for group in my_micro_batches(pairs, flags.micro_tokens):
         batch = collate(group).to(next(policy.parameters()).device)
         where = (batch.tokens, batch.positions, batch.segments, batch.source, keep)
-        with autocast(flags.dtype, batch.tokens.device):
+        with autocast(flags.dtype, batch.tokens.device), gradient_in_place(policy.model.embed_tokens, True):
             with torch.no_grad():
                 ref = timed("reference", reference, *where)
             now = timed("policy", policy, *where)
         with torch.no_grad():
             timed("head without ε", logps_alone, *now, *ref, batch.label, 0.01)
-        tokens = timed("head with ε", linear_token_stats, *now, *ref, batch.label, 0.01)
+        tokens = timed("head with ε", linear_token_stats, *now, *ref, batch.label, 0.01, 256, now[1].grad)
         loss = -tokens.logp.sum() / len(pairs)
         timed("backward", loss.backward)
 

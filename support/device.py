@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from model import GPT
@@ -40,6 +40,35 @@ def clip_gradient(model: GPT, largest: float, scale: float) -> float:
         p.grad /= scale
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor under FSDP2
+
+
+@contextlib.contextmanager
+def gradient_in_place(embedding: nn.Embedding, wanted: bool) -> Iterator[None]:
+    """If wanted, add the embedding's gradient to `weight.grad` directly, in the backward pass of what is computed here.
+
+    Autograd would first make another (V, D) tensor. Only `backward()` finds this gradient: `torch.autograd.grad` does
+    not, and `zero_grad` between forward and backward loses it.
+    """
+
+    def cut(module: nn.Embedding, inputs: tuple[Tensor], x: Tensor) -> Tensor:
+        weight, (tokens,) = module.weight, inputs
+        if not x.requires_grad:
+            return x
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+        def add(grad: Tensor) -> None:  # (N, D)
+            weight.grad.index_put_((tokens,), grad, accumulate=True)
+
+        x = x.detach().requires_grad_()
+        x.register_hook(add)
+        return x
+
+    handle = embedding.register_forward_hook(cut) if wanted else None
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
 
 
 def memory_gb(device: torch.device) -> dict[str, float]:

@@ -112,13 +112,13 @@ def forecast(
     seen = sum(tokens) / len(tokens) * pairs_seen(steps, len(pairs), flags.batch_size)
     evaluations = 1 + math.ceil(steps / (flags.eval_every or steps)) if eval_pairs else 0  # see is_due
     # In numbers of 4 bytes: the policy's weights, gradient and two moments; the reference (of a cached one the output
-    # matrix); two gradients of a table on their way to it; with more than one process embeddings and heads whole
-    # (policy's, gradient, reference's); what backward needs; a chunk of the head.
+    # matrix); with more than one process embeddings and heads whole (policy's, gradient, reference's); what backward
+    # needs; a chunk of the head.
     layer, table = 9 * c.hidden_size + 2 * c.intermediate_size, c.vocab_size * c.hidden_size
     layers, of_policy = c.num_hidden_layers, sum(p.numel() for p in policy.parameters())
     of_reference = sum(p.numel() * p.element_size() for p in reference.parameters()) / 4 if reference else table
     kept = layer + layers * c.hidden_size if flags.gradient_checkpointing else layers * layer
-    whole = (2 if world == 1 else 3 if c.tie_word_embeddings else 6) * table
+    whole = (0 if world == 1 else 3 if c.tie_word_embeddings else 6) * table
     longest = max(flags.micro_tokens, sum(tokens) / len(tokens))
     memory = 4e-9 * ((4 * of_policy + of_reference) / world + whole + kept * longest + 1024 * c.vocab_size)
     distance = flags.epsilon_step * steps  # about how far log β can go

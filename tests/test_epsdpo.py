@@ -566,6 +566,36 @@ def test_linear_token_stats_equal_token_stats_of_the_logits(m, chunk_size):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("m", [0, 1, 7, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_grad_is_added_to_in_place(m, dtype):
+    hidden, weight, ref_hidden, ref_weight, labels = linear_inputs(m, m, dtype=dtype)
+    plain = token_stats(hidden @ weight.T, ref_hidden @ ref_weight.T, labels, 0.2)
+    of_hidden, of_weight = torch.autograd.grad(plain.logp.sum(), [hidden, weight])
+    start = torch.randn_like(weight)
+    kept = weight.grad = start.clone()
+    for times in (1, 2):
+        hidden.grad = None
+        stats = epsdpo.linear_token_stats(hidden, weight, ref_hidden, ref_weight, labels, 0.2, 5, weight.grad)
+        stats.logp.sum().backward()
+        assert weight.grad is kept
+        torch.testing.assert_close(kept, start + times * of_weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hidden.grad, of_hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_grad_of_another_dtype_is_left_to_autograd():
+    """A float64 reference makes float64 logits, and a float32 gradient cannot add up their products."""
+    hidden, weight, ref_hidden, ref_weight, labels = linear_inputs(1, dtype=torch.float32)
+    ref_hidden, ref_weight = ref_hidden.double(), ref_weight.double()
+    wanted = torch.autograd.grad(
+        epsdpo.linear_token_stats(hidden, weight, ref_hidden, ref_weight, labels, 0.2).logp.sum(), weight
+    )[0]
+    weight.grad = torch.ones_like(weight)
+    stats = epsdpo.linear_token_stats(hidden, weight, ref_hidden, ref_weight, labels, 0.2, weight_grad=weight.grad)
+    stats.logp.sum().backward()
+    assert torch.equal(weight.grad, 1 + wanted)
+
+
 def test_gradcheck():
     hidden, weight, ref_hidden, ref_weight, labels = linear_inputs(0, m=5, vocab=4, width=3)
 

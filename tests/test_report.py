@@ -144,6 +144,13 @@ def test_the_forecast_counts_what_a_step_keeps_for_each_weight(monkeypatch):
     assert gigabytes(model, micro_tokens=1) == pytest.approx(4e-9 * weights * each / 4, rel=0.03)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_forecast_counts_no_second_gradient_of_a_table_in_one_process(tied):
+    model = large_model(layers=1, vocab=1_000_000, tied=tied)
+    weights, chunk = sum(p.numel() for p in model.parameters()), 1024 * 1_000_000
+    assert gigabytes(model, micro_tokens=1) == pytest.approx(4e-9 * (5 * weights + chunk), rel=0.01)
+
+
 @pytest.mark.parametrize("tied, whole", [(False, 6), (True, 3)])
 def test_the_forecast_counts_tables_whole_in_each_of_many_processes(tied, whole, monkeypatch):
     """FSDP gathers the root group: embeddings, head, their gradients, the reference's."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from epsdpo import EpsDPOLoss, TokenStats, epsdpo_loss, linear_token_stats, next_beta
@@ -441,6 +442,76 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_bit(dtype):
         found.append((policy, [line["loss"] for line in lines], calls))
     assert same_bits(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert found[1][2]["layer 0"] == 2 * found[0][2]["layer 0"] and found[1][2]["model"] == found[0][2]["model"]
+
+
+class _NewTables(TorchDispatchMode):
+    """How many tensors of the output matrix's shape were made, views and results in place aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == (VOCAB + 5, 16):
+            self.count += out.untyped_storage().data_ptr() not in given
+        return out
+
+
+def by_score_pairs(policy, reference, groups, n, method, flags, in_place):
+    for pairs in groups:
+        sums = train.score_pairs(policy, reference, collate(pairs), method.epsilon_check, flags.dtype, in_place)
+        (method.loss(*sums, None).losses.sum() / n).backward()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_tables_are_added_in_place_and_are_those_of_autograd(tied, dtype, checkpointing):
+    reference = tiny_model(tied=tied, vocab_size=VOCAB + 5)
+    policy, other = nudged(reference), nudged(reference)
+    policy.gradient_checkpointing = other.gradient_checkpointing = checkpointing
+    method, flags = train.EpsDPO(0.1, 0.01, 0.01), flags_of(dtype=dtype)
+    groups = [pairs_of(id_rows(5, seed=seed)) for seed in range(3)]
+    with _NewTables() as made:
+        train.run_batch(policy, reference, groups[:1], 15, method, flags)
+    first = made.count
+    assert first == (1 if tied else 2)  # the gradients of the embedding and of the output matrix
+    with _NewTables() as made:
+        train.run_batch(policy, reference, groups[1:], 15, method, flags)
+    assert made.count == 0
+    with _NewTables() as made:
+        by_score_pairs(other, reference, groups, 15, method, flags, False)
+    assert made.count > first  # or counting would prove nothing
+    for a, b in zip(policy.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6 * float(b.grad.abs().max()))
+
+
+def test_a_frozen_embedding_gets_no_gradient_in_place():
+    policy, reference = two_models()
+    policy.model.embed_tokens.requires_grad_(False)
+    by_score_pairs(policy, reference, [pairs_of(id_rows(4))], 4, train.EpsDPO(0.1, 0.01, 0.01), flags_of(), True)
+    assert policy.model.embed_tokens.weight.grad is None and policy.lm_head.weight.grad.norm() > 0
+
+
+def test_score_pairs_alone_leaves_gradients_to_autograd():
+    """The usual order, in which zero_grad comes between the forward and the backward pass, must lose nothing."""
+    (policy, reference), batch = two_models(tied=True), collate(pairs_of(id_rows(4)))
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    for _ in range(2):
+        chosen, rejected = train.score_pairs(policy, reference, batch, 0.01, "float32")
+        loss = epsdpo_loss(chosen, rejected, 0.1, 0.01).loss
+        wanted = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(torch.equal(p.grad, g) for p, g in zip(policy.parameters(), wanted, strict=True))
+
+
+def test_nothing_stays_on_the_policy_after_a_batch_that_failed():
+    policy, reference = two_models()
+    policy.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        train.run_batch(policy, reference, [pairs_of(id_rows(4))], 4, train.EpsDPO(0.1, 0.01, 0.01), flags_of())
+    assert not policy.model.embed_tokens._forward_hooks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
