@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -50,20 +51,23 @@ def gradient_in_place(embedding: nn.Embedding, wanted: bool) -> Iterator[None]:
     not, and `zero_grad` between forward and backward loses it.
     """
 
-    def cut(module: nn.Embedding, inputs: tuple[Tensor], x: Tensor) -> Tensor:
+    def look_up(module: nn.Embedding, inputs: tuple[Tensor], x: Tensor) -> Tensor:
         weight, (tokens,) = module.weight, inputs
         if not x.requires_grad:
             return x
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        used, places = tokens.unique(return_inverse=True)
+        rows = weight.detach()[
+            used
+        ].requires_grad_()  # (U, D): rows once, so none is added to by two threads
 
-        def add(grad: Tensor) -> None:  # (N, D)
-            weight.grad.index_put_((tokens,), grad, accumulate=True)
+        def add(grad: Tensor) -> None:
+            weight.grad.index_add_(0, used, grad)
 
-        x = x.detach().requires_grad_()
-        x.register_hook(add)
-        return x
+        rows.register_hook(add)
+        return F.embedding(places, rows)
 
-    handle = embedding.register_forward_hook(cut) if wanted else None
+    handle = embedding.register_forward_hook(look_up) if wanted else None
     try:
         yield
     finally:

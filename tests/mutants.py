@@ -507,7 +507,7 @@ MUTANTS = [
             ("the toy ignores --eval-size", "eval_pairs=flags.eval_size, device=where", "device=where"),
         ],
         "support/device.py": [
-            ("the embedding's gradient for its first token only", "index_put_((tokens,), grad, accumulate=True)", "index_put_((tokens,), grad)"),
+            ("the embedding's gradient replaces the head's", "weight.grad.index_add_(0, used, grad)", "weight.grad.index_copy_(0, used, grad)"),
             ("an old gradient is forgotten", "torch.zeros_like(weight) if weight.grad is None else weight.grad", "torch.zeros_like(weight)"),
             ("a frozen embedding learns", "        if not x.requires_grad:\n            return x\n", ""),
             ("a hook stays on the policy", "            handle.remove()", "            pass"),

@@ -486,6 +486,23 @@ def test_gradients_of_tables_are_added_in_place_and_are_those_of_autograd(tied, 
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6 * float(b.grad.abs().max()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_tables_have_the_same_bits_every_time(tied):
+    """Six tokens, each many times in a batch: threads that add to one row in any order would round differently."""
+    threads, found = torch.get_num_threads(), []
+    reference = tiny_model(tied=tied, hidden_size=256)
+    policy, pairs = nudged(reference), pairs_of(id_rows(40, vocab=6, longest=40))
+    torch.set_num_threads(max(2, threads))
+    try:
+        for _ in range(5):
+            policy.zero_grad()
+            train.run_batch(policy, reference, [pairs], 40, train.EpsDPO(0.1, 0.01, 0.01), flags_of())
+            found.append(policy.model.embed_tokens.weight.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_a_frozen_embedding_gets_no_gradient_in_place():
     policy, reference = two_models()
     policy.model.embed_tokens.requires_grad_(False)
