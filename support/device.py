@@ -57,9 +57,7 @@ def gradient_in_place(embedding: nn.Embedding, wanted: bool) -> Iterator[None]:
             return x
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         used, places = tokens.unique(return_inverse=True)
-        rows = weight.detach()[
-            used
-        ].requires_grad_()  # (U, D): rows once, so none is added to by two threads
+        rows = weight.detach()[used].requires_grad_()  # (U, D): no row twice, so no two threads add to one
 
         def add(grad: Tensor) -> None:
             weight.grad.index_add_(0, used, grad)
