@@ -264,13 +264,15 @@ class Run:
             say(eval_line(self.lines[-1]))
 
     def _warn(self, line: dict[str, float]) -> None:
-        """Say so where nothing is learned at the first step, and where β leaves [β₀/100, 100·β₀] after this one."""
+        """Say so if nothing is learned at the first step, and if β leaves [β₀/100, 100·β₀] after this one."""
         first = next(x["beta"] for x in self.lines if "beta" in x)
         if self.done == 1 and line["grad_norm"] == 0:
             say(
                 "warning: the first gradient is all zero, so nothing will be learned. Is the policy frozen, does it "
                 "share its weights with the reference, are the two answers of every pair equal?"
             )
+        if self.done == 1 and line["learning_rate"] < 1e-12:
+            say(f"warning: at a learning rate of {line['learning_rate']:.3g} float32 weights hardly move")
         if first / 100 <= line["beta"] <= 100 * first and not first / 100 <= self.method.beta <= 100 * first:
             say(f"warning: β went from {first:g} to {self.method.beta:.3g}; choose a smaller --epsilon")
 

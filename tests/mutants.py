@@ -347,6 +347,8 @@ MUTANTS = [
             ("the report's words are about the last policy", "next(iter(logps))", "list(logps)[-1]"),
         ],
         "support/run.py": [
+            ("a learning rate that moves nothing is silent", 'line["learning_rate"] < 1e-12', 'line["learning_rate"] < 0'),
+            ("a small learning rate warns at every step", 'if self.done == 1 and line["learning_rate"]', 'if line["learning_rate"]'),
             ("resume one step late", "return step, lines", "return step + 1, lines"),
             ("resume without β", "    vars(method).update(of_method)\n", ""),
             ("resume without the moments", "optim_state_dict=moments", "optim_state_dict=get_state_dict(policy, optimizer)[1]"),

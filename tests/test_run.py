@@ -224,6 +224,15 @@ def test_the_last_step_is_saved_whatever_save_every_is(save_every, steps, expect
         )
 
 
+@pytest.mark.parametrize("lr, warned", [(1e-46, True), (9e-13, True), (1e-11, False), (7e-7, False)])
+def test_a_learning_rate_that_moves_no_weight_is_a_warning(lr, warned, capsys):
+    (policy, reference), pairs = two_models(), pairs_of(id_rows(8))
+    train.train(policy, reference, pairs, flags_of(lr=lr, warmup=0.0, batch_size=4, steps=2))
+    printed = "".join(capsys.readouterr())
+    assert printed.count("float32 weights hardly move") == warned
+    assert f"{lr:.3g}" in printed or not warned
+
+
 @pytest.mark.parametrize(
     "method, betas, warnings", [(0.5, [0.005, 0.004], 1), (0.5, [50.0, 51.0, 52.0], 1), (2.0, [0.02, 200.0], 0)]
 )
@@ -233,7 +242,8 @@ def test_beta_far_from_its_start_is_one_warning(method, betas, warnings, capsys)
     with run:
         for step in run.progress(len(betas)):
             run.method.beta = betas[step]
-            line = {"loss": 0.7, "beta": before, "rewards/accuracies": 0.5, "tokens_per_second": 1.0, "grad_norm": 1.0}
+            line = {"loss": 0.7, "beta": before, "rewards/accuracies": 0.5, "tokens_per_second": 1.0}
+            line |= {"grad_norm": 1.0, "learning_rate": 1e-3}
             run.log(step + 1, line)
             before = betas[step]
     assert capsys.readouterr().out.count("choose a smaller --epsilon") == warnings
