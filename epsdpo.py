@@ -213,7 +213,7 @@ def _increments(f: Tensor, f_ref: Tensor, labels: Tensor, epsilon: float) -> tup
     """
     y = labels[:, None]  # (n, 1)
     p = f.softmax(-1)  # (n, V)
-    p /= p.sum(-1, keepdim=True)  # sum is more exact than softmax: its p sum to 1 ± 1e-6 where V is large
+    p /= p.sum(-1, keepdim=True)  # again: for a large V the sum inside softmax is off by 1e-6, this one by 1e-7
     top, p_top = f.amax(-1, keepdim=True), p.amax(-1, keepdim=True)  # (n, 1): p_top = 1 / Σ exp(f − top)
     logp = f.gather(-1, y) - top + p_top.log()
     d = f - f_ref

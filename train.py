@@ -141,7 +141,8 @@ def run_batch(
     micro_batches: this process's share. Returns sums over the pairs of all processes, and the steps (N,) of this
     process's pairs. Raises ValueError naming the rows whose logits are not finite.
     """
-    parts, steps, world = [], [], rank_and_world()[1]
+    world = rank_and_world()[1]
+    parts, steps = [], []
     for pairs in micro_batches:
         batch = collate(pairs).to(policy.lm_head.weight.device)
         try:
