@@ -137,7 +137,7 @@ def linear_token_stats(
     Hidden states (M, D) and output matrices (V, D), each model with its own D; labels (M,), int64. The matmuls run in
     float32 or better, outside autocast: logits rounded to bf16 cannot be repaired. Gradient reaches `policy_hidden`
     and `policy_weight`. Raises ValueError in the same cases as `token_stats`.
-    weight_grad: `policy_weight.grad`. If given, in the logits' dtype, backward adds to it; else autograd makes another.
+    weight_grad: `policy_weight.grad`, for backward to add to in place. It is used if it has the logits' dtype.
     """
     tensors = (policy_hidden, policy_weight, ref_hidden.detach(), ref_weight.detach(), labels)
     _check_linear(*tensors, epsilon_check, chunk_size)

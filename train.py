@@ -116,7 +116,7 @@ def score_pairs(
     """Sums (B,) over the chosen and over the rejected responses: one forward pass of each model, whatever ε is.
 
     dtype: "float16" or "bfloat16" runs the layers under autocast, "float32" does not. Heads never have 16 bits.
-    in_place: `backward()`, which must follow, adds the gradients of the two (V, D) matrices to `.grad` directly.
+    in_place: `backward()` must follow at once. It adds the gradients of both (V, D) matrices to `.grad` directly.
     """
     inputs = (batch.tokens, batch.positions, batch.segments, batch.source)
     with autocast(dtype, batch.tokens.device), device.gradient_in_place(policy.model.embed_tokens, in_place):

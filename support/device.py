@@ -55,7 +55,8 @@ def gradient_in_place(embedding: nn.Embedding, wanted: bool) -> Iterator[None]:
         weight, (tokens,) = module.weight, inputs
         if not x.requires_grad:
             return x
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
         used, places = tokens.unique(return_inverse=True)
         rows = weight.detach()[used].requires_grad_()  # (U, D): no row twice, so no two threads add to one
 

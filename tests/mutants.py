@@ -510,7 +510,7 @@ MUTANTS = [
         ],
         "support/device.py": [
             ("the embedding's gradient replaces the head's", "weight.grad.index_add_(0, used, grad)", "weight.grad.index_copy_(0, used, grad)"),
-            ("an old gradient is forgotten", "torch.zeros_like(weight) if weight.grad is None else weight.grad", "torch.zeros_like(weight)"),
+            ("an old gradient is forgotten", "        if weight.grad is None:\n", "        if True:\n"),
             ("a frozen embedding learns", "        if not x.requires_grad:\n            return x\n", ""),
             ("a hook stays on the policy", "            handle.remove()", "            pass"),
             ("a reference that moves with the policy", "if rank_and_world()[1] == 1 and addresses[0]", "if False and addresses[0]"),
